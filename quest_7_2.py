@@ -1,0 +1,812 @@
+"""Train a LoRA "seal" that carries the style of a folder of pictures, on Stable Diffusion.
+
+    python quest_7_2.py --dataset-dir my_paintings --output-dir my_seal
+
+One script, told from top to bottom: the command, the pictures, the model's parts, the draws and
+the loss, the seal, and the run that puts them together. README.md tells what the options are for.
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import Field, dataclass, field, fields
+from functools import lru_cache, partial
+from pathlib import Path
+from types import NoneType
+from typing import get_args
+
+from filelock import FileLock, Timeout
+
+# ---------------------------------------------------------------------------------------------
+# The command: arguments, JSON and folders, answered in a fraction of a second
+# ---------------------------------------------------------------------------------------------
+
+
+class Trouble(Exception):
+    """What stops a run: one message for the user, and the exit code (2: refused, 1: failed)."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+# Limits: how "must be …" goes on, and the test of it on a value of the right type.
+ANY = ("", lambda value: True)
+PATH = ("a path", lambda text: text.strip() and "\0" not in text)
+NATURAL = ("at least 0", lambda n: 0 <= n < 2**63)
+POSITIVE = ("at least 1", lambda n: 1 <= n < 2**63)
+ABOVE_0 = ("finite and above 0", lambda x: 0 < x < math.inf)
+# Pillow would fill all memory, and be killed for it, long before a larger picture is made.
+TIMES_8 = ("a positive multiple of 8, at most 16384", lambda n: 0 < n <= 16384 and n % 8 == 0)
+SHARE = ("at least 0 and below 1", lambda p: 0 <= p < 1)
+PRECISION = ("fp16, bf16 or no", lambda name: name in ("fp16", "bf16", "no"))
+KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def option(default, limit: tuple, help: str) -> Field:
+    return field(default=default, metadata={"limit": limit, "help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option: name, type, default, limit, meaning. Flags, JSON keys and --help follow."""
+
+    dataset_dir: str = option("../Quest_1/generated_palette", PATH, "folder of pictures to learn")
+    output_dir: str = option("artist_seal", PATH, "folder for the seal")
+    model_id: str = option("CompVis/stable-diffusion-v1-4", PATH, "hub id or diffusers folder")
+    resolution: int = option(256, TIMES_8, "side of the training pictures in pixels")
+    train_batch_size: int = option(1, POSITIVE, "pictures in a batch")
+    gradient_accumulation_steps: int = option(4, POSITIVE, "batches in an update")
+    learning_rate: float = option(1e-4, ABOVE_0, "of AdamW")
+    num_train_epochs: int = option(100, POSITIVE, "times through the folder")
+    train_prompt: str = option("a painting in the style of artist_seal", ANY, "calls up the style")
+    rank: int = option(16, POSITIVE, "of the LoRA matrices")
+    lora_alpha: float = option(32.0, ABOVE_0, "the seal's strength is alpha / rank")
+    lora_dropout: float = option(0.05, SHARE, "share of LoRA inputs left out in training")
+    seed: int = option(0, NATURAL, "same command, same machine, same bytes")
+    mixed_precision: str | None = option(None, PRECISION, "default: fp16 on CUDA, no elsewhere")
+    gradient_checkpointing: bool = option(False, ANY, "less memory, slower")
+    max_grad_norm: float = option(1.0, ABOVE_0, "gradients are clipped to this norm")
+    max_train_steps: int | None = option(None, POSITIVE, "stop after this many updates")
+    variant: str | None = option(None, PATH, "weight variant of the model, such as fp16")
+
+    def __post_init__(self):
+        for option in fields(self):
+            value, kind = getattr(self, option.name), kind_of(option)
+            # A whole number will do for a float; `true` is no number, though Python says so.
+            if kind is float and type(value) is int and abs(value) < 2**1000:
+                object.__setattr__(self, option.name, value := float(value))
+            limit, valid = option.metadata["limit"]
+            if value is None and NoneType in get_args(option.type):
+                continue
+            if type(value) is not kind or not valid(value):
+                needed = limit if type(value) is kind else KINDS[kind]
+                raise Trouble(f"{name_of(option)} must be {needed}, not {shown(value)}", 2)
+
+
+def kind_of(option: Field) -> type:
+    """int, float, str or bool, whether or not None may stand in its place."""
+    return (get_args(option.type) or (option.type,))[0]
+
+
+def flag_of(option: Field) -> str:
+    return "--" + option.name.replace("_", "-")
+
+
+def key_of(option: Field) -> str:
+    first, *rest = option.name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def name_of(option: Field) -> str:
+    return f"{flag_of(option)} ({key_of(option)})"
+
+
+def shown(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parse_arguments(argv: list[str]) -> dict:
+    """The flags given, as {field name: value}, `config` among them. Raises Trouble."""
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("quest_7_2.py", description=about, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="JSON object of options in camelCase")
+    for option in fields(Config):
+        kind, (limit, _) = kind_of(option), option.metadata["limit"]
+        help = "; ".join(filter(None, [option.metadata["help"], limit if limit != PATH[0] else ""]))
+        if option.default is not None:
+            help += f" (default: {option.default})"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": "X"}
+        # No defaults here: what the user did not say must not hide what the JSON file says.
+        parser.add_argument(flag_of(option), help=help, default=argparse.SUPPRESS, **how)
+
+    def refuse(message: str):
+        raise Trouble(f"{message}; --help lists the options", 2)
+
+    parser.error = refuse
+    given = vars(parser.parse_args(argv))
+    for option in fields(Config):
+        # A text that is no number is left as it is, for Config to refuse.
+        if kind_of(option) in (int, float) and option.name in given:
+            with suppress(ValueError):
+                given[option.name] = kind_of(option)(given[option.name])
+    return given
+
+
+def read_json(path: str) -> dict:
+    """The object in a JSON file. Raises Trouble (exit code 2) for anything else."""
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{', '.join(sorted(twice))} stands there twice")
+        return dict(pairs)
+
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise Trouble(f"--config {path}: {reason}", 2) from None
+    if not isinstance(values, dict):
+        raise Trouble(f"--config {path}: must hold one JSON object", 2)
+    return values
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_config(argv: list[str]) -> Config:
+    """Defaults < the JSON file < flags. Raises Trouble (exit code 2) for what is not valid."""
+    given = parse_arguments(argv)
+    path = given.pop("config", None)
+    values = {} if path is None else read_json(path)
+    known = {key_of(option): option.name for option in fields(Config)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise Trouble(f"--config {path}: unknown key {', '.join(map(shown, unknown))}", 2)
+    return Config(**{known[key]: value for key, value in values.items()} | given)
+
+
+# What Pillow reads well of imagefolder's own list.
+SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .tga .ppm"
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """All pictures in a folder and its subfolders, by name; what is hidden is left out."""
+
+    def is_hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES.split())
+    return sorted(path for path in found if not path.is_dir() and not is_hidden(path))
+
+
+def check_folders(config: Config) -> None:
+    """Raises Trouble (exit code 2) for a dataset that is not there, or an unwritable output."""
+    dataset_dir, output_dir = Path(config.dataset_dir), Path(config.output_dir).absolute()
+    try:
+        if not dataset_dir.is_dir():
+            what = "is a file, not a folder" if dataset_dir.exists() else "does not exist"
+            raise Trouble(f"dataset folder {dataset_dir} {what}; name one with --dataset-dir", 2)
+        if not list_pictures(dataset_dir):
+            raise Trouble(f"dataset folder {dataset_dir} has no pictures ({SUFFIXES})", 2)
+        if output_dir.resolve().is_relative_to(dataset_dir.resolve()):
+            raise Trouble(f"output folder {output_dir} must not be in the dataset folder", 2)
+    except OSError as error:
+        raise Trouble(f"{error.filename}: {error.strerror}", 2) from None
+    existing = next(path for path in [output_dir, *output_dir.parents] if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # asking for permissions is not enough
+    except OSError as error:
+        raise Trouble(
+            f"output folder {output_dir} cannot be written: {error.strerror}", 2
+        ) from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all, also when the power fails."""
+    partial_path = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial_path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def write_result(output_dir: str, success: bool, epochs: int = 0, loss: float | None = None):
+    """`result.json`; `loss` is the mean over the last completed epoch, None if there is none."""
+    result = {"success": success, "outputDir": output_dir, "epochsCompleted": epochs}
+    result |= {} if loss is None else {"finalLoss": loss}
+    write_whole(Path(output_dir) / "result.json", (json.dumps(result) + "\n").encode())
+
+
+def disown_older_result(output_dir: str) -> None:
+    """Turn an earlier run's `result.json` to false now: however this run ends, it stays honest."""
+    try:
+        older = json.loads((Path(output_dir) / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return
+    if isinstance(older, dict) and "success" in older:
+        write_result(output_dir, success=False)
+
+
+def lock_output_dir(output_dir: str) -> FileLock:
+    """Keep the folder for this process while the lock lives. Raises Trouble if a run has it."""
+    # It lies outside: a refused run leaves nothing behind. The system frees it, however we end.
+    identity = f"{os.path.expanduser('~')}:{Path(output_dir).resolve()}"
+    name = f"quest_7_2-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:24]}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise Trouble(f"output folder {output_dir} is in use by another run", 2) from None
+    return lock
+
+
+def named_output_dir(argv: list[str]) -> str:
+    """The output folder meant by arguments that were refused, as far as they are understood."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    parser.add_argument("--output-dir")
+    named = None
+    with suppress(argparse.ArgumentError, Trouble):
+        given, _ = parser.parse_known_args(argv)
+        named = given.output_dir
+        if named is None and given.config is not None:
+            named = read_json(given.config).get("outputDir")
+    return named if isinstance(named, str) else Config.output_dir
+
+
+def begin(argv: list[str]) -> tuple[Config, FileLock]:
+    """Judge the command and take the output folder, or say what is wrong and exit with 2."""
+    try:
+        config = read_config(argv)
+        check_folders(config)
+        lock = lock_output_dir(config.output_dir)
+        try:
+            disown_older_result(config.output_dir)
+        except OSError as error:
+            raise Trouble(f"{error.filename}: {error.strerror}", 2) from None
+        return config, lock
+    except Trouble as trouble:
+        output_dir = named_output_dir(argv)
+        with suppress(Trouble, OSError, ValueError):
+            lock = lock_output_dir(output_dir)
+            disown_older_result(output_dir)
+        complain(trouble)
+        sys.exit(trouble.exit_code)
+
+
+def complain(message) -> None:
+    print(f"quest_7_2.py: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    # A typing mistake is answered here; the imports below take eight seconds.
+    config, lock = begin(sys.argv[1:])
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, default_collate
+from torchvision import transforms
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+# ---------------------------------------------------------------------------------------------
+# The pictures
+# ---------------------------------------------------------------------------------------------
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """A picture as RGB: upright by its EXIF orientation, transparency over white, 16 bits as 8.
+
+    Raises whatever Pillow raises for a file it cannot decode.
+    """
+    with Image.open(path) as image:
+        image.load()
+        # A broken EXIF block says nothing about the pixels: they stay as they lie.
+        with suppress(Exception):
+            image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def apply_transforms(examples: dict, resolution: int) -> dict:
+    """Each picture and its mirror image: `pixel_values`, (2, 3, R, R) float32 in [-1, 1].
+
+    Both, because mirroring an image's latents is not the same as encoding its mirror image.
+    """
+    resize = transforms.Resize((resolution, resolution))
+    normalize = transforms.Normalize([0.5], [0.5])
+    pixels = [open_rgb(image["path"]) for image in examples["image"]]
+    pixels = [normalize(transforms.functional.to_tensor(resize(image))) for image in pixels]
+    return {"pixel_values": [torch.stack([p, transforms.functional.hflip(p)]) for p in pixels]}
+
+
+def load_pictures(config: Config) -> datasets.Dataset:
+    """The folder as a `datasets` imagefolder whose rows are `apply_transforms`' pixel values.
+
+    Raises Trouble (exit code 2) with a list of all pictures that cannot be used.
+    """
+    paths = [path.absolute() for path in list_pictures(Path(config.dataset_dir))]
+
+    def problem(path: Path) -> str | None:
+        try:
+            if "::" in str(path):
+                raise ValueError('imagefolder cannot open a path with "::" in it')
+            str(path).encode()
+            open_rgb(path)
+        except Exception as error:  # noqa: BLE001 - decoders raise anything on bad bytes
+            return f"\n  {str(path)!r}: {first_line(error)}"
+
+    with ThreadPoolExecutor() as pool:
+        checked = tqdm(pool.map(problem, paths), "checking pictures", len(paths), disable=None)
+        problems = [text for text in checked if text]
+    if problems:
+        count = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
+        raise Trouble(count + "".join(problems), 2)
+
+    # Named one by one: left to itself, imagefolder puts test_1.png into a "test" split, unused.
+    data_files = {"train": [glob.escape(str(path)) for path in paths]}
+    with tempfile.TemporaryDirectory() as cache:  # no older listing must be taken for this one
+        options = {"cache_dir": cache, "keep_in_memory": True, "drop_labels": True}
+        dataset = datasets.load_dataset(
+            "imagefolder", data_files=data_files, split="train", **options
+        )
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    return dataset.with_transform(partial(apply_transforms, resolution=config.resolution))
+
+
+# ---------------------------------------------------------------------------------------------
+# The model's parts, one at a time: text encoder, VAE, UNet
+# ---------------------------------------------------------------------------------------------
+
+# What a part's folder must hold, one of; {} stands for a variant such as ".fp16".
+PART_FILES = {
+    "tokenizer": ["tokenizer.json", "vocab.json"],
+    "text_encoder": ["model{}.safetensors", "model{}-00001-of-*.safetensors"],
+    "vae": ["diffusion_pytorch_model{}.safetensors"],
+    "unet": [f"diffusion_pytorch_model{{}}{shard}.safetensors" for shard in ("", "-00001-of-*")],
+    "scheduler": ["scheduler_config.json"],
+}
+
+
+def find_model(model_id: str, variant: str | None) -> Path:
+    """A local folder in diffusers layout, downloaded first if `model_id` is not one.
+
+    The one place that may use the network. Raises Trouble for what is not there or not complete.
+    """
+    suffix = f".{variant}" if variant else ""
+    folder = Path(model_id)
+    if not folder.is_dir():
+        names = {name.format(suffix) for part in PART_FILES.values() for name in part}
+        wanted = ["*.json", "*/merges.txt", *(f"*/{name.replace('00001', '*')}" for name in names)]
+        try:
+            folder = Path(snapshot_download(model_id, allow_patterns=wanted))
+        except Exception as error:  # noqa: BLE001 - the hub, the network and the disk may fail
+            raise Trouble(
+                f"model {model_id} is no folder here and could not be had from the hub "
+                f"({type(error).__name__}): check the name and the network, set HF_TOKEN if it "
+                "wants a login, or give --model-id a folder in diffusers layout"
+            ) from None
+    for part, names in PART_FILES.items():
+        if not any(any((folder / part).glob(name.format(suffix))) for name in names):
+            pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.ckpt")]
+            why = " (pickled weights are never read: they can run code)" if pickled else ""
+            missing = f"{part}/{names[0].format(suffix)}"
+            raise Trouble(
+                f"model {model_id} lacks {missing}{why}; get it with safetensors weights in "
+                "diffusers layout, from its page on the hub or by saving it with save_pretrained"
+            )
+    return folder
+
+
+def load_part(cls, folder: Path, part: str, **options):
+    """One of the model's parts, frozen. Raises Trouble where the files do not make a whole one."""
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = cls.from_pretrained(folder / part, **options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise Trouble(f"the model's {part} cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise Trouble(f"the model's {part} lacks {len(missing)} weights, {missing[0]} among them")
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embed_prompts(
+    folder: Path, prompts: list[str], device: torch.device, variant: str | None
+) -> torch.Tensor:
+    """The text encoder's last hidden state: (prompts, 77, width) float32, on the CPU."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text_encoder = load_part(
+        CLIPTextModel, folder, "text_encoder", dtype=torch.float32, variant=variant
+    ).to(device)
+    padded = {"padding": "max_length", "max_length": tokenizer.model_max_length}
+    prompt_ids = tokenizer(prompts, truncation=True, return_tensors="pt", **padded).input_ids
+    return torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in prompt_ids.split(16)])
+
+
+@torch.no_grad()
+def encode_pictures(
+    folder: Path, dataset: datasets.Dataset, device: torch.device, dtype: torch.dtype, variant
+) -> torch.Tensor:
+    """What the latents are drawn from: mean and standard deviation of the VAE's posterior, times
+    its scaling factor, of every picture and of its mirror image.
+
+    (pictures, 2 orientations, 2, 4, R/8, R/8) float16 on the CPU: 32 KiB a picture at 256², good
+    to 11 bits. Raises Trouble where `dtype` is too narrow for this VAE.
+    """
+    vae = load_part(AutoencoderKL, folder, "vae", dtype=dtype, variant=variant).to(device)
+    moments = []
+    for picture in tqdm(DataLoader(dataset), "encoding pictures", disable=None):
+        pixel_values = picture["pixel_values"].flatten(0, 1).to(device, dtype)
+        posterior = vae.encode(pixel_values).latent_dist
+        both = torch.stack([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor
+        moments.append(both.to("cpu", torch.float16))
+    moments = torch.stack(moments)
+    if not moments.isfinite().all():
+        raise Trouble(f"this model's VAE overflows in {dtype}; try another --mixed-precision")
+    return moments
+
+
+def load_unet(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> PeftModel:
+    """The frozen UNet in `dtype` with float32 LoRA weights in its attention layers."""
+    unet = load_part(UNet2DConditionModel, folder, "unet", dtype=dtype, variant=config.variant)
+    lora_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        bias="none",
+    )
+    # Made on the CPU, so that the first weights are the same on every device.
+    torch.manual_seed(config.seed)
+    unet = get_peft_model(unet, lora_config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Draw outside, compute inside: every random choice follows from (seed, position in the run), and
+# the loss is a function of what was drawn
+# ---------------------------------------------------------------------------------------------
+
+ORDER, SAMPLE, DROPOUT = range(3)  # independent streams of random numbers under one seed
+
+
+def stream_seed(seed: int, stream: int, position: int) -> int:
+    return int(np.random.SeedSequence([seed, stream, position]).generate_state(1, np.uint64)[0])
+
+
+@lru_cache(maxsize=1)
+def epoch_order(seed: int, epoch: int, pictures: int) -> list[int]:
+    """The pictures in the order of an epoch."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, ORDER, epoch))
+    return torch.randperm(pictures, generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What never changes, computed once."""
+
+    moments: torch.Tensor  # as `encode_pictures` returns them
+    prompt_embeds: torch.Tensor  # (distinct prompts, 77, width) float32
+    prompt_of: list[int]  # each picture's row in prompt_embeds
+    num_train_timesteps: int  # of the noise schedule
+
+
+def draw(cache: Cache, seed: int, position: int) -> dict[str, torch.Tensor]:
+    """All that is random in one training sample, the `position`-th of the run.
+
+    Returns latents and noise, (4, h, w) float32; timesteps, () int64; prompt_embeds, (77, width)
+    float32. Keyed by the sample, so that neither batch size nor accumulation changes a draw.
+    """
+    epoch, index = divmod(position, len(cache.moments))
+    picture = epoch_order(seed, epoch, len(cache.moments))[index]
+    generator = torch.Generator().manual_seed(stream_seed(seed, SAMPLE, position))
+    flip = torch.randint(2, (), generator=generator)
+    mean, std = cache.moments[picture, flip].float()
+    return {
+        "latents": mean + std * torch.randn(mean.shape, generator=generator),
+        "noise": torch.randn(mean.shape, generator=generator),
+        "timesteps": torch.randint(cache.num_train_timesteps, (), generator=generator),
+        "prompt_embeds": cache.prompt_embeds[cache.prompt_of[picture]],
+    }
+
+
+def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[range]]:
+    """An epoch as updates, each a list of batches, each a range of places in the epoch's order.
+
+    Nothing is dropped: the last batch, and the last update's list, may be shorter.
+    """
+    batches = [range(i, min(i + batch_size, pictures)) for i in range(0, pictures, batch_size)]
+    return [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+
+
+def compute_loss(unet, noise_scheduler: DDPMScheduler, batch: dict) -> torch.Tensor:
+    """Mean squared error of the UNet's prediction, () float32, for a batch of what `draw` draws.
+
+    The target is the noise (arXiv 2006.11239), the velocity (2202.00512) or the sample.
+    """
+    latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    model_pred = unet(noisy_latents, timesteps, encoder_hidden_states=batch["prompt_embeds"]).sample
+    match noise_scheduler.config.prediction_type:
+        case "epsilon":
+            target = noise
+        case "v_prediction":
+            target = noise_scheduler.get_velocity(latents, noise, timesteps)
+        case "sample":
+            target = latents
+    return F.mse_loss(model_pred.float(), target)
+
+
+# ---------------------------------------------------------------------------------------------
+# The seal
+# ---------------------------------------------------------------------------------------------
+
+
+def pack_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose metadata stand in the order given.
+
+    The library writes them in an order that varies from run to run: same seed, other bytes.
+    """
+    packed = save(tensors)
+    data = 8 + int.from_bytes(packed[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(packed[8:data])).encode()
+    header += b" " * (-len(header) % 8)  # the format wants the data aligned
+    return len(header).to_bytes(8, "little") + header + packed[data:]
+
+
+def kohya_state_dict(unet: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter under the key names that every client reads, with `.alpha` on each module.
+
+    alpha is the layer's own scaling × r: clients get the strength back as alpha / r.
+    """
+    state_dict = {}
+    for name, layer in unet.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            key = "lora_unet_" + name.replace(".", "_")
+            state_dict[f"{key}.lora_down.weight"] = layer.lora_A["default"].weight
+            state_dict[f"{key}.lora_up.weight"] = layer.lora_B["default"].weight
+            alpha = layer.scaling["default"] * layer.r["default"]
+            state_dict[f"{key}.alpha"] = torch.tensor(alpha)
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
+
+
+def save_seal(config: Config, unet: PeftModel, prediction_type: str, folder: Path) -> None:
+    """Write the adapter for PEFT, and once more for everything else. Nothing in it names a folder
+    of the user's."""
+    lora_config = unet.peft_config["default"]
+    lora_config.target_modules = sorted(lora_config.target_modules)  # a set comes in any order
+    is_local = Path(config.model_id).is_dir()
+    lora_config.base_model_name_or_path = None if is_local else config.model_id
+    lora_config.inference_mode = True
+    lora_config.save_pretrained(folder)
+    state_dict = {key: weight.cpu() for key, weight in get_peft_model_state_dict(unet).items()}
+    packed = pack_safetensors(state_dict, {"format": "pt"})
+    write_whole(folder / "adapter_model.safetensors", packed)
+
+    is_sd2 = unet.config.cross_attention_dim == 1024
+    family = "stable-diffusion-v2-768-v" if is_sd2 else "stable-diffusion-v1"
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "artist_seal",
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "modelspec.trigger_phrase": config.train_prompt,
+        "modelspec.usage_hint": "put the trigger phrase into the prompt; strength 1",
+        "modelspec.prediction_type": prediction_type,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.rank),
+        "ss_network_alpha": str(config.lora_alpha),
+        "ss_base_model_version": "sd_v2" if is_sd2 else "sd_v1",
+        "ss_v2": str(is_sd2),
+        "ss_output_name": "artist_seal",
+    }
+    packed = pack_safetensors(kohya_state_dict(unet), metadata)
+    write_whole(folder / "pytorch_lora_weights.safetensors", packed)
+
+
+@torch.no_grad()
+def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> None:
+    """Load both files back onto the bare UNet: each must do to its output what the trained adapter
+    does. Raises Trouble otherwise. `unet` comes out bare."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, unet.config.in_channels, 8, 8, generator=generator)
+    noise, prompt_embeds = noise.to(unet.device), prompt_embeds[:1].to(unet.device)
+
+    def output(model) -> torch.Tensor:
+        return model.eval()(noise, 1, encoder_hidden_states=prompt_embeds).sample.float()
+
+    with unet.disable_adapter():
+        base = output(unet)
+    effect = output(unet) - base
+    if not effect.any():
+        raise Trouble("training left the UNet's output as it was; raise --learning-rate")
+    found = {}
+    bare = unet.unload()
+    with_peft = PeftModel.from_pretrained(bare, folder)
+    found["adapter_model.safetensors"] = output(with_peft)
+    bare = with_peft.unload()
+    StableDiffusionPipeline.load_lora_into_unet(
+        *StableDiffusionPipeline.lora_state_dict(folder), bare
+    )
+    found["pytorch_lora_weights.safetensors"] = output(bare)
+    for name, loaded in found.items():
+        if (loaded - base - effect).norm() > 0.05 * effect.norm():
+            raise Trouble(f"{name}, loaded back, does not do what was trained")
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------
+
+
+def train(config: Config, progress: dict) -> None:
+    """The whole run. `progress` is kept up to date for the record of a run that fails."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        complain("no CUDA GPU found: training on the CPU")
+    precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
+    mixed = dtype is not torch.float32
+
+    dataset = load_pictures(config)
+    folder = find_model(config.model_id, config.variant)
+    noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+
+    # What never changes is computed once; each part leaves memory before the next one comes.
+    cache = Cache(
+        prompt_embeds=embed_prompts(folder, [config.train_prompt], device, config.variant),
+        prompt_of=[0] * len(dataset),
+        moments=encode_pictures(folder, dataset, device, dtype, config.variant),
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+    )
+    unet = load_unet(config, folder, device, dtype)
+    lora_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = AdamW(lora_parameters, lr=config.learning_rate, fused=True)
+    # Without it, float16 gradients underflow; elsewhere it passes everything through.
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    # A step is one update: so many batches, the mean of whose gradients it follows.
+    updates = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
+    total_steps = config.num_train_epochs * len(updates)
+    total_steps = min(total_steps, config.max_train_steps or total_steps)
+
+    def draw_batches(step: int) -> list[dict[str, torch.Tensor]]:
+        epoch, update = divmod(step, len(updates))
+        places = [[epoch * len(dataset) + place for place in batch] for batch in updates[update]]
+        return [default_collate([draw(cache, config.seed, p) for p in batch]) for batch in places]
+
+    train_dataloader = DataLoader(
+        range(total_steps), None, collate_fn=draw_batches, pin_memory=device.type == "cuda"
+    )
+
+    def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
+        """Add the share of the batch's gradient; return its loss, () float32, on the device."""
+        with torch.autocast(device.type, dtype, enabled=mixed):
+            loss = compute_loss(unet, noise_scheduler, batch)
+        scaler.scale(loss * share).backward()
+        return loss.detach()
+
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    progress["began"] = True
+    unet.train()
+    epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
+    bar = tqdm(train_dataloader, "training", unit="update", disable=None)
+    # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
+    with disable_input_dtype_casting(unet, mixed):
+        for step, batches in enumerate(bar, start=1):
+            for i, batch in enumerate(batches):
+                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+                torch.manual_seed(stream_seed(config.seed, DROPOUT, step * 2**32 + i))
+                epoch_loss += backward(batch, 1 / len(batches)) * len(batch["timesteps"])
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(lora_parameters, config.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            # Reading the loss makes the CPU wait for the GPU: once an epoch, for all its batches.
+            if step % len(updates) == 0:
+                progress["loss"] = loss = epoch_loss.item() / len(dataset)
+                progress["epochs"] = epoch = step // len(updates)
+                if not math.isfinite(loss):
+                    raise Trouble(f"loss not finite at update {step}; lower --learning-rate")
+                epoch_loss.zero_()
+                bar.set_postfix(loss=f"{loss:.4f}")
+                tqdm.write(f"epoch {epoch}/{config.num_train_epochs}: loss {loss:.4f}", sys.stderr)
+
+    # Judged in a folder of its own first: a run that fails leaves an earlier seal untouched.
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=config.output_dir) as staging:
+        save_seal(config, unet, noise_scheduler.config.prediction_type, Path(staging))
+        with torch.autocast(device.type, dtype, enabled=mixed):
+            check_seal(unet, Path(staging), cache.prompt_embeds)
+        for path in sorted(Path(staging).iterdir()):
+            os.replace(path, Path(config.output_dir) / path.name)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # CUDA has a class for it; on the CPU only the message tells.
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
+
+
+def advise_on_memory(config: Config) -> str:
+    """The flags that would lower this command's memory."""
+    flags = {
+        "--gradient-checkpointing": not config.gradient_checkpointing,
+        "--mixed-precision fp16": config.mixed_precision == "no",
+        "a smaller --train-batch-size": config.train_batch_size > 1,
+        "a smaller --resolution": config.resolution > 64,
+        "a smaller --rank": config.rank > 4,
+    }
+    return ", ".join(flag for flag, helps in flags.items() if helps)
+
+
+def main(config: Config) -> int:
+    """Train, record the outcome in result.json, and return the exit code."""
+    for library in (datasets, diffusers.utils, transformers.utils):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    progress = {"began": False, "epochs": 0, "loss": None}
+    exit_code = 1
+    try:
+        train(config, progress)
+        write_result(config.output_dir, True, progress["epochs"], progress["loss"])
+        print(f"seal written to {config.output_dir}")
+        return 0
+    except Trouble as trouble:
+        complain(trouble)
+        exit_code = trouble.exit_code
+    except OSError as error:
+        complain(f"{error.filename or config.output_dir}: {error.strerror or first_line(error)}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
+        if is_out_of_memory(error):
+            complain(f"out of memory; what lowers it: {advise_on_memory(config)}")
+        else:
+            complain(f"failed with {type(error).__name__}: {first_line(error)}")
+    with suppress(OSError):
+        if progress["began"]:
+            write_result(config.output_dir, False, progress["epochs"], progress["loss"])
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(config))
