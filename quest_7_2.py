@@ -12,13 +12,17 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache, partial
+from io import BytesIO
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -76,6 +80,8 @@ class Config:
     gradient_checkpointing: bool = option(False, ANY, "less memory, slower")
     max_grad_norm: float = option(1.0, ABOVE_0, "gradients are clipped to this norm")
     max_train_steps: int | None = option(None, POSITIVE, "stop after this many updates")
+    checkpointing_steps: int = option(500, POSITIVE, "updates from one checkpoint to the next")
+    resume: bool = option(False, ANY, "go on from the checkpoint in the output folder")
     variant: str | None = option(None, PATH, "weight variant of the model, such as fp16")
 
     def __post_init__(self):
@@ -90,6 +96,12 @@ class Config:
             if type(value) is not kind or not valid(value):
                 needed = limit if type(value) is kind else KINDS[kind]
                 raise Trouble(f"{name_of(option)} must be {needed}, not {shown(value)}", 2)
+
+
+# What --resume may change: where things lie, how long it goes on, and what leaves the arithmetic
+# alone. (The pictures themselves are compared, not their folder's name.)
+FREE_TO_CHANGE = {"dataset_dir", "output_dir", "num_train_epochs", "max_train_steps"}
+FREE_TO_CHANGE |= {"checkpointing_steps", "resume", "gradient_checkpointing"}
 
 
 def kind_of(option: Field) -> type:
@@ -216,13 +228,17 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all, also when the power fails."""
     partial_path = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial_path, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial_path, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        partial_path.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial_path.unlink(missing_ok=True)
 
 
 def write_result(output_dir: str, success: bool, epochs: int = 0, loss: float | None = None):
@@ -293,7 +309,24 @@ def complain(message) -> None:
     print(f"quest_7_2.py: {message}", file=sys.stderr)
 
 
+class Stop:
+    """SIGINT and SIGTERM: at once, or, while training, when the update in hand is done."""
+
+    deferred = False  # set while training
+    signum = 0  # the signal that came
+
+    @staticmethod
+    def on_signal(signum: int, frame) -> None:
+        at_once = Stop.signum or not Stop.deferred
+        Stop.signum = signum
+        if at_once:
+            sys.exit(128 + signum)
+        complain("stopping after this update; once more stops at once")
+
+
 if __name__ == "__main__":
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, Stop.on_signal)
     # A typing mistake is answered here; the imports below take eight seconds.
     config, lock = begin(sys.argv[1:])
 
@@ -309,7 +342,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
@@ -322,7 +355,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 # ---------------------------------------------------------------------------------------------
 
 
-def open_rgb(path: str | Path) -> Image.Image:
+def open_rgb(path) -> Image.Image:
     """A picture as RGB: upright by its EXIF orientation, transparency over white, 16 bits as 8.
 
     Raises whatever Pillow raises for a file it cannot decode.
@@ -352,26 +385,33 @@ def apply_transforms(examples: dict, resolution: int) -> dict:
     return {"pixel_values": [torch.stack([p, transforms.functional.hflip(p)]) for p in pixels]}
 
 
-def load_pictures(config: Config) -> datasets.Dataset:
-    """The folder as a `datasets` imagefolder whose rows are `apply_transforms`' pixel values.
+def load_pictures(config: Config) -> tuple[datasets.Dataset, dict[str, str]]:
+    """The folder as a `datasets` imagefolder whose rows are `apply_transforms`' pixel values, and
+    the SHA-256 of each file under its name in the folder.
 
     Raises Trouble (exit code 2) with a list of all pictures that cannot be used.
     """
-    paths = [path.absolute() for path in list_pictures(Path(config.dataset_dir))]
+    folder = Path(config.dataset_dir).absolute()
+    paths = list_pictures(folder)
 
-    def problem(path: Path) -> str | None:
+    def examine(path: Path) -> tuple[str, str]:
         try:
             if "::" in str(path):
                 raise ValueError('imagefolder cannot open a path with "::" in it')
             str(path).encode()
-            open_rgb(path)
+            data = path.read_bytes()
+            open_rgb(BytesIO(data))
+            return hashlib.sha256(data).hexdigest(), ""
         except Exception as error:  # noqa: BLE001 - decoders raise anything on bad bytes
-            return f"\n  {str(path)!r}: {first_line(error)}"
+            return "", f"\n  {str(path)!r}: {first_line(error)}"
 
-    with ThreadPoolExecutor() as pool:
-        checked = tqdm(pool.map(problem, paths), "checking pictures", len(paths), disable=None)
-        problems = [text for text in checked if text]
-    if problems:
+    pool = ThreadPoolExecutor()
+    try:
+        examined = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None)
+        digests, problems = zip(*examined, strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if problems := [problem for problem in problems if problem]:
         count = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
         raise Trouble(count + "".join(problems), 2)
 
@@ -379,11 +419,16 @@ def load_pictures(config: Config) -> datasets.Dataset:
     data_files = {"train": [glob.escape(str(path)) for path in paths]}
     with tempfile.TemporaryDirectory() as cache:  # no older listing must be taken for this one
         options = {"cache_dir": cache, "keep_in_memory": True, "drop_labels": True}
-        dataset = datasets.load_dataset(
-            "imagefolder", data_files=data_files, split="train", **options
-        )
+        try:
+            dataset = datasets.load_dataset(
+                "imagefolder", data_files=data_files, split="train", **options
+            )
+        except datasets.exceptions.DatasetsError as error:
+            raise Trouble(f"listing the pictures in {cache}: {error.__cause__ or error}") from None
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    return dataset.with_transform(partial(apply_transforms, resolution=config.resolution))
+    dataset = dataset.with_transform(partial(apply_transforms, resolution=config.resolution))
+    names = [str(path.relative_to(folder)) for path in paths]
+    return dataset, dict(zip(names, digests, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -673,23 +718,208 @@ def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> No
 
 
 # ---------------------------------------------------------------------------------------------
+# The checkpoint: all that a run needs to go on as if it had never stopped
+# ---------------------------------------------------------------------------------------------
+
+
+def identify(config: Config, precision: str, digests: dict[str, str]) -> dict[str, str]:
+    """What a run that continues another must share with it, under the names to report it by."""
+    kept = [option for option in fields(config) if option.name not in FREE_TO_CHANGE]
+    identity = {flag_of(option): shown(getattr(config, option.name)) for option in kept}
+    pictures = {f"picture {name!r}": digest for name, digest in digests.items()}
+    return identity | {"--mixed-precision": precision} | pictures
+
+
+def checkpoint_file(config: Config) -> Path:
+    return Path(config.output_dir) / "checkpoint" / "checkpoint.safetensors"
+
+
+def save_checkpoint(file: Path, parameters: dict, optimizer: AdamW, state: dict) -> None:
+    """One file, so that it is replaced whole: tensors, and `state` as JSON in the header."""
+    tensors = {f"lora.{name}": parameter for name, parameter in parameters.items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": tensor for key, tensor in moments.items()}
+    tensors = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    write_whole(file, pack_safetensors(tensors, {"state": json.dumps(state)}))
+
+
+def read_checkpoint(config: Config, state: dict, total_steps: int) -> dict[str, torch.Tensor]:
+    """The tensors of the checkpoint in the output folder; `state` takes on its state. Without a
+    checkpoint, nothing.
+
+    Raises Trouble (exit code 2) with a list of what differs from the run that wrote it.
+    """
+    file = checkpoint_file(config)
+    if not file.exists():
+        complain(f"no checkpoint in {config.output_dir}: starting afresh")
+        return {}
+    try:
+        with safe_open(file, "pt") as saved:
+            before = json.loads(saved.metadata()["state"])
+            tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, ValueError, KeyError) as error:
+        raise Trouble(f"{file} is damaged ({first_line(error)}); train without --resume") from None
+    old, new = before["identity"], state["identity"]
+    differing = [
+        f"\n  {name}"
+        + ("" if name.startswith("picture") else f": {old.get(name)}, now {new.get(name)}")
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise Trouble(
+            "--resume needs the interrupted run's options and pictures; these differ:"
+            + "".join(differing),
+            2,
+        )
+    if before["progress"]["step"] > total_steps:
+        at = f"update {before['progress']['step']}"
+        raise Trouble(f"--resume: the checkpoint is at {at}, this run ends at {total_steps}", 2)
+    state["progress"].update(before["progress"])
+    state["scaler"] = before["scaler"]
+    return tensors
+
+
+def restore(saved: dict[str, torch.Tensor], parameters: dict, optimizer: AdamW) -> None:
+    """Put a checkpoint's tensors back where `save_checkpoint` took them from."""
+    moments = {}
+    for key, tensor in saved.items():
+        kind, name = key.split(".", 1)
+        if kind == "lora":
+            parameters[name].data.copy_(tensor)
+        else:
+            index, name = name.split(".")
+            moments.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+
+
+# ---------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def kept_on_failure(keep):
+    """Call `keep` if an error ends the block, unless it is Trouble: that spoils what it would keep."""
+    try:
+        yield
+    except Trouble:
+        raise
+    except Exception:
+        with suppress(Exception):
+            keep()
+        raise
+
+
+def fit(config, cache, unet, noise_scheduler, updates, total_steps, dtype, saved, state) -> None:
+    """Train the adapter in `unet`, from where `state` stands to `total_steps`.
+
+    `updates` is `plan_epoch`'s; `saved` holds a checkpoint's tensors or nothing. `state["progress"]`
+    is the loop's state. Raises SystemExit after a signal, Trouble for a loss that is not finite.
+    """
+    device, pictures, progress = unet.device, len(cache.moments), state["progress"]
+    lora_parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    optimizer = AdamW(lora_parameters.values(), lr=config.learning_rate, fused=True)
+    # Without it, float16 gradients underflow; elsewhere it passes everything through.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    if saved:
+        restore(saved, lora_parameters, optimizer)
+        scaler.load_state_dict(state["scaler"])
+
+    def draw_batches(step: int) -> list[dict[str, torch.Tensor]]:
+        epoch, update = divmod(step, len(updates))
+        places = [[epoch * pictures + place for place in batch] for batch in updates[update]]
+        return [default_collate([draw(cache, config.seed, p) for p in batch]) for batch in places]
+
+    # One item an update: its batches.
+    steps = range(progress["step"], total_steps)
+    on_gpu = device.type == "cuda"
+    train_dataloader = DataLoader(steps, None, collate_fn=draw_batches, pin_memory=on_gpu)
+    bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
+
+    def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
+        """Add the share of the batch's gradient; return its loss, () float32, on the device."""
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            loss = compute_loss(unet, noise_scheduler, batch)
+        scaler.scale(loss * share).backward()
+        return loss.detach()
+
+    losses = []  # of the updates since the last look, each summed over its pictures
+
+    def look() -> None:
+        """Bring `progress` up to date. The CPU waits for the GPU here: not at every update."""
+        for loss in torch.stack(losses).tolist() if losses else []:
+            progress["step"] += 1
+            if not math.isfinite(loss):
+                where = f"update {progress['step']}"
+                raise Trouble(f"loss not finite at {where}; try a lower --learning-rate")
+            progress["epoch_loss"] += loss
+            if progress["step"] % len(updates) == 0:
+                progress["epochs"] += 1
+                progress["loss"], progress["epoch_loss"] = progress["epoch_loss"] / pictures, 0.0
+                shown_loss = f"loss {progress['loss']:.4f}"
+                bar.set_postfix_str(shown_loss)
+                epoch = f"epoch {progress['epochs']}/{config.num_train_epochs}"
+                tqdm.write(f"{epoch}: {shown_loss}", sys.stderr)
+        bar.update(len(losses))
+        losses.clear()
+
+    def keep() -> None:
+        look()
+        now = state | {"scaler": scaler.state_dict()}
+        save_checkpoint(checkpoint_file(config), lora_parameters, optimizer, now)
+
+    unet.train()
+    looked = time.monotonic()
+    Stop.deferred = True
+    # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
+    without_casts = disable_input_dtype_casting(unet, dtype is not torch.float32)
+    with without_casts, kept_on_failure(keep):
+        for step, batches in zip(steps, train_dataloader, strict=True):
+            summed = torch.zeros((), dtype=torch.float64, device=device)
+            for i, batch in enumerate(batches):
+                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+                torch.manual_seed(stream_seed(config.seed, DROPOUT, step * 2**32 + i))
+                summed += backward(batch, 1 / len(batches)) * len(batch["timesteps"])
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(lora_parameters.values(), config.max_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(summed)
+
+            if Stop.signum:
+                break
+            if (step + 1) % config.checkpointing_steps == 0:
+                keep()
+            elif (step + 1) % len(updates) == 0 or time.monotonic() > looked + 5:
+                look()
+                looked = time.monotonic()
+        keep()
+    bar.close()
+    Stop.deferred = False
+    if Stop.signum:
+        sys.exit(128 + Stop.signum)
+
+
 def train(config: Config, progress: dict) -> None:
-    """The whole run. `progress` is kept up to date for the record of a run that fails."""
+    """The whole run. `progress` is kept up to date, for the record of a run that fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         complain("no CUDA GPU found: training on the CPU")
     precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
-    mixed = dtype is not torch.float32
 
-    dataset = load_pictures(config)
+    dataset, digests = load_pictures(config)
+    # A step is one update: so many batches, the mean of whose gradients it follows.
+    updates = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
+    total_steps = config.num_train_epochs * len(updates)
+    total_steps = min(total_steps, config.max_train_steps or total_steps)
+    state = {"identity": identify(config, precision, digests), "progress": progress}
+    saved = read_checkpoint(config, state, total_steps) if config.resume else {}
+
     folder = find_model(config.model_id, config.variant)
     noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-
     # What never changes is computed once; each part leaves memory before the next one comes.
     cache = Cache(
         prompt_embeds=embed_prompts(folder, [config.train_prompt], device, config.variant),
@@ -698,67 +928,21 @@ def train(config: Config, progress: dict) -> None:
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
     )
     unet = load_unet(config, folder, device, dtype)
-    lora_parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    optimizer = AdamW(lora_parameters, lr=config.learning_rate, fused=True)
-    # Without it, float16 gradients underflow; elsewhere it passes everything through.
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-    # A step is one update: so many batches, the mean of whose gradients it follows.
-    updates = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
-    total_steps = config.num_train_epochs * len(updates)
-    total_steps = min(total_steps, config.max_train_steps or total_steps)
-
-    def draw_batches(step: int) -> list[dict[str, torch.Tensor]]:
-        epoch, update = divmod(step, len(updates))
-        places = [[epoch * len(dataset) + place for place in batch] for batch in updates[update]]
-        return [default_collate([draw(cache, config.seed, p) for p in batch]) for batch in places]
-
-    train_dataloader = DataLoader(
-        range(total_steps), None, collate_fn=draw_batches, pin_memory=device.type == "cuda"
-    )
-
-    def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
-        """Add the share of the batch's gradient; return its loss, () float32, on the device."""
-        with torch.autocast(device.type, dtype, enabled=mixed):
-            loss = compute_loss(unet, noise_scheduler, batch)
-        scaler.scale(loss * share).backward()
-        return loss.detach()
-
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     progress["began"] = True
-    unet.train()
-    epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
-    bar = tqdm(train_dataloader, "training", unit="update", disable=None)
-    # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
-    with disable_input_dtype_casting(unet, mixed):
-        for step, batches in enumerate(bar, start=1):
-            for i, batch in enumerate(batches):
-                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-                torch.manual_seed(stream_seed(config.seed, DROPOUT, step * 2**32 + i))
-                epoch_loss += backward(batch, 1 / len(batches)) * len(batch["timesteps"])
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(lora_parameters, config.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-            # Reading the loss makes the CPU wait for the GPU: once an epoch, for all its batches.
-            if step % len(updates) == 0:
-                progress["loss"] = loss = epoch_loss.item() / len(dataset)
-                progress["epochs"] = epoch = step // len(updates)
-                if not math.isfinite(loss):
-                    raise Trouble(f"loss not finite at update {step}; lower --learning-rate")
-                epoch_loss.zero_()
-                bar.set_postfix(loss=f"{loss:.4f}")
-                tqdm.write(f"epoch {epoch}/{config.num_train_epochs}: loss {loss:.4f}", sys.stderr)
+    fit(config, cache, unet, noise_scheduler, updates, total_steps, dtype, saved, state)
 
     # Judged in a folder of its own first: a run that fails leaves an earlier seal untouched.
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=config.output_dir) as staging:
-        save_seal(config, unet, noise_scheduler.config.prediction_type, Path(staging))
-        with torch.autocast(device.type, dtype, enabled=mixed):
-            check_seal(unet, Path(staging), cache.prompt_embeds)
-        for path in sorted(Path(staging).iterdir()):
+    staging = Path(config.output_dir) / ".partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        save_seal(config, unet, noise_scheduler.config.prediction_type, staging)
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            check_seal(unet, staging, cache.prompt_embeds)
+        for path in sorted(staging.iterdir()):
             os.replace(path, Path(config.output_dir) / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -785,16 +969,20 @@ def main(config: Config) -> int:
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    progress = {"began": False, "epochs": 0, "loss": None}
-    exit_code = 1
+    progress = {"began": False, "step": 0, "epochs": 0, "loss": None, "epoch_loss": 0.0}
+    resumable, exit_code = True, 1
     try:
         train(config, progress)
         write_result(config.output_dir, True, progress["epochs"], progress["loss"])
+        shutil.rmtree(checkpoint_file(config).parent, ignore_errors=True)
         print(f"seal written to {config.output_dir}")
         return 0
+    except SystemExit as stop:
+        exit_code = stop.code
+        complain(f"interrupted after {progress['step']} updates")
     except Trouble as trouble:
         complain(trouble)
-        exit_code = trouble.exit_code
+        resumable, exit_code = False, trouble.exit_code
     except OSError as error:
         complain(f"{error.filename or config.output_dir}: {error.strerror or first_line(error)}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
@@ -802,9 +990,11 @@ def main(config: Config) -> int:
             complain(f"out of memory; what lowers it: {advise_on_memory(config)}")
         else:
             complain(f"failed with {type(error).__name__}: {first_line(error)}")
-    with suppress(OSError):
-        if progress["began"]:
+    if progress["began"]:
+        with suppress(OSError):
             write_result(config.output_dir, False, progress["epochs"], progress["loss"])
+        if resumable and checkpoint_file(config).exists():
+            complain("the same command with --resume goes on from the checkpoint")
     return exit_code
 
 

@@ -292,7 +292,7 @@ def test_names_are_no_trap(config, palette):
         shutil.copy(palette / "0.png", palette / name)
     (palette / "test").mkdir()
     shutil.copy(palette / "0.png", palette / "test" / "sub folder.png")
-    dataset = quest.load_pictures(config())
+    dataset, _ = quest.load_pictures(config())
     assert len(dataset) == 9
     assert dataset[8]["pixel_values"].shape == (2, 3, 64, 64)
 

@@ -22,7 +22,7 @@ PROMPT = "a red circle"
 
 @pytest.fixture
 def cache(config, model):
-    dataset = quest.load_pictures(config())
+    dataset, _ = quest.load_pictures(config())
     return quest.Cache(
         prompt_embeds=quest.embed_prompts(model, [PROMPT], CPU, None),
         prompt_of=[0] * len(dataset),
