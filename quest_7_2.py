@@ -7,6 +7,7 @@ the loss, the seal, and the run that puts them together. README.md tells what th
 """
 
 import argparse
+import csv
 import glob
 import hashlib
 import json
@@ -82,6 +83,9 @@ class Config:
     max_train_steps: int | None = option(None, POSITIVE, "stop after this many updates")
     checkpointing_steps: int = option(500, POSITIVE, "updates from one checkpoint to the next")
     resume: bool = option(False, ANY, "go on from the checkpoint in the output folder")
+    preview_images: int = option(4, NATURAL, "before/after pictures made at the end; 0 = none")
+    preview_prompt: str | None = option(None, ANY, "what they show (default: the train prompt)")
+    preview_every_epochs: int = option(0, NATURAL, "pictures in between, too; 0 = none")
     variant: str | None = option(None, PATH, "weight variant of the model, such as fp16")
 
     def __post_init__(self):
@@ -101,7 +105,8 @@ class Config:
 # What --resume may change: where things lie, how long it goes on, and what leaves the arithmetic
 # alone. (The pictures themselves are compared, not their folder's name.)
 FREE_TO_CHANGE = {"dataset_dir", "output_dir", "num_train_epochs", "max_train_steps"}
-FREE_TO_CHANGE |= {"checkpointing_steps", "resume", "gradient_checkpointing"}
+FREE_TO_CHANGE |= {"checkpointing_steps", "resume", "gradient_checkpointing", "preview_images"}
+FREE_TO_CHANGE |= {"preview_prompt", "preview_every_epochs"}
 
 
 def kind_of(option: Field) -> type:
@@ -301,11 +306,11 @@ def begin(argv: list[str]) -> tuple[Config, FileLock]:
         with suppress(Trouble, OSError, ValueError):
             lock = lock_output_dir(output_dir)
             disown_older_result(output_dir)
-        complain(trouble)
+        say(trouble)
         sys.exit(trouble.exit_code)
 
 
-def complain(message) -> None:
+def say(message) -> None:
     print(f"quest_7_2.py: {message}", file=sys.stderr)
 
 
@@ -321,7 +326,7 @@ class Stop:
         Stop.signum = signum
         if at_once:
             sys.exit(128 + signum)
-        complain("stopping after this update; once more stops at once")
+        say("stopping after this update; once more stops at once")
 
 
 if __name__ == "__main__":
@@ -333,15 +338,23 @@ if __name__ == "__main__":
 import datasets
 import diffusers
 import numpy as np
+import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.optim import AdamW
@@ -394,26 +407,31 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, dict[str, str]]:
     folder = Path(config.dataset_dir).absolute()
     paths = list_pictures(folder)
 
-    def examine(path: Path) -> tuple[str, str]:
+    def examine(path: Path) -> tuple[str, tuple[int, int], str]:
+        """Its digest, size and, if it cannot be used, what is wrong with it."""
         try:
             if "::" in str(path):
                 raise ValueError('imagefolder cannot open a path with "::" in it')
             str(path).encode()
             data = path.read_bytes()
-            open_rgb(BytesIO(data))
-            return hashlib.sha256(data).hexdigest(), ""
+            size = open_rgb(BytesIO(data)).size
+            return hashlib.sha256(data).hexdigest(), size, ""
         except Exception as error:  # noqa: BLE001 - decoders raise anything on bad bytes
-            return "", f"\n  {str(path)!r}: {first_line(error)}"
+            return "", (0, 0), f"\n  {str(path)!r}: {first_line(error)}"
 
     pool = ThreadPoolExecutor()
     try:
         examined = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None)
-        digests, problems = zip(*examined, strict=True)
+        digests, sizes, problems = zip(*examined, strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
     if problems := [problem for problem in problems if problem]:
         count = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
         raise Trouble(count + "".join(problems), 2)
+
+    sizes = sorted(sizes, key=math.prod)
+    extent = dict.fromkeys(f"{width}×{height}" for width, height in (sizes[0], sizes[-1]))
+    say(f"{len(paths)} pictures, {' to '.join(extent)} pixels")
 
     # Named one by one: left to itself, imagefolder puts test_1.png into a "test" split, unused.
     data_files = {"train": [glob.escape(str(path)) for path in paths]}
@@ -495,9 +513,8 @@ def embed_prompts(
 ) -> torch.Tensor:
     """The text encoder's last hidden state: (prompts, 77, width) float32, on the CPU."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text_encoder = load_part(
-        CLIPTextModel, folder, "text_encoder", dtype=torch.float32, variant=variant
-    ).to(device)
+    options = {"dtype": torch.float32, "variant": variant}
+    text_encoder = load_part(CLIPTextModel, folder, "text_encoder", **options).to(device)
     padded = {"padding": "max_length", "max_length": tokenizer.model_max_length}
     prompt_ids = tokenizer(prompts, truncation=True, return_tensors="pt", **padded).input_ids
     return torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in prompt_ids.split(16)])
@@ -526,9 +543,49 @@ def encode_pictures(
     return moments
 
 
-def load_unet(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> PeftModel:
-    """The frozen UNet in `dtype` with float32 LoRA weights in its attention layers."""
-    unet = load_part(UNet2DConditionModel, folder, "unet", dtype=dtype, variant=config.variant)
+@dataclass(frozen=True)
+class Run:
+    """What stands before the loop begins and never changes in it."""
+
+    config: Config
+    folder: Path  # of the base model
+    device: torch.device
+    dtype: torch.dtype  # of the frozen weights, and of autocast
+    noise_scheduler: DDPMScheduler
+    prompt_embeds: torch.Tensor  # (distinct prompts, 77, width) float32
+    prompt_of: list[int]  # each picture's row in prompt_embeds
+    preview_embeds: torch.Tensor  # (2, 77, width) float32: the previews' prompt, and no prompt
+    moments: torch.Tensor  # as `encode_pictures` returns them
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, self.dtype is not torch.float32)
+
+
+def prepare(
+    config: Config, dataset: datasets.Dataset, device: torch.device, dtype: torch.dtype
+) -> Run:
+    """Compute once what never changes. Each part leaves memory before the next one comes."""
+    folder = find_model(config.model_id, config.variant)
+    preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
+    prompts = [config.train_prompt, preview_prompt, ""]
+    embeds = embed_prompts(folder, prompts, device, config.variant)
+    return Run(
+        config=config,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        noise_scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+        prompt_embeds=embeds[:1],
+        prompt_of=[0] * len(dataset),
+        preview_embeds=embeds[1:],
+        moments=encode_pictures(folder, dataset, device, dtype, config.variant),
+    )
+
+
+def load_unet(run: Run) -> PeftModel:
+    """The frozen UNet in `run.dtype` with float32 LoRA weights in its attention layers."""
+    config, options = run.config, {"dtype": run.dtype, "variant": run.config.variant}
+    unet = load_part(UNet2DConditionModel, run.folder, "unet", **options)
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -541,7 +598,7 @@ def load_unet(config: Config, folder: Path, device: torch.device, dtype: torch.d
     unet = get_peft_model(unet, lora_config)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet.to(device)
+    return unet.to(run.device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -563,32 +620,23 @@ def epoch_order(seed: int, epoch: int, pictures: int) -> list[int]:
     return torch.randperm(pictures, generator=generator).tolist()
 
 
-@dataclass(frozen=True)
-class Cache:
-    """What never changes, computed once."""
-
-    moments: torch.Tensor  # as `encode_pictures` returns them
-    prompt_embeds: torch.Tensor  # (distinct prompts, 77, width) float32
-    prompt_of: list[int]  # each picture's row in prompt_embeds
-    num_train_timesteps: int  # of the noise schedule
-
-
-def draw(cache: Cache, seed: int, position: int) -> dict[str, torch.Tensor]:
+def draw(run: Run, position: int) -> dict[str, torch.Tensor]:
     """All that is random in one training sample, the `position`-th of the run.
 
     Returns latents and noise, (4, h, w) float32; timesteps, () int64; prompt_embeds, (77, width)
     float32. Keyed by the sample, so that neither batch size nor accumulation changes a draw.
     """
-    epoch, index = divmod(position, len(cache.moments))
-    picture = epoch_order(seed, epoch, len(cache.moments))[index]
-    generator = torch.Generator().manual_seed(stream_seed(seed, SAMPLE, position))
+    epoch, index = divmod(position, len(run.moments))
+    picture = epoch_order(run.config.seed, epoch, len(run.moments))[index]
+    generator = torch.Generator().manual_seed(stream_seed(run.config.seed, SAMPLE, position))
     flip = torch.randint(2, (), generator=generator)
-    mean, std = cache.moments[picture, flip].float()
+    mean, std = run.moments[picture, flip].float()
+    schedule = run.noise_scheduler.config.num_train_timesteps
     return {
         "latents": mean + std * torch.randn(mean.shape, generator=generator),
         "noise": torch.randn(mean.shape, generator=generator),
-        "timesteps": torch.randint(cache.num_train_timesteps, (), generator=generator),
-        "prompt_embeds": cache.prompt_embeds[cache.prompt_of[picture]],
+        "timesteps": torch.randint(schedule, (), generator=generator),
+        "prompt_embeds": run.prompt_embeds[run.prompt_of[picture]],
     }
 
 
@@ -599,6 +647,13 @@ def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[r
     """
     batches = [range(i, min(i + batch_size, pictures)) for i in range(0, pictures, batch_size)]
     return [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+
+
+def draw_update(run: Run, plan: list[list[range]], step: int) -> list[dict[str, torch.Tensor]]:
+    """The batches of an update, `step` counting from 0 through all epochs."""
+    epoch, update = divmod(step, len(plan))
+    first = epoch * len(run.moments)
+    return [default_collate([draw(run, first + i) for i in batch]) for batch in plan[update]]
 
 
 def compute_loss(unet, noise_scheduler: DDPMScheduler, batch: dict) -> torch.Tensor:
@@ -652,14 +707,15 @@ def kohya_state_dict(unet: PeftModel) -> dict[str, torch.Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
 
 
-def save_seal(config: Config, unet: PeftModel, prediction_type: str, folder: Path) -> None:
+def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
     """Write the adapter for PEFT, and once more for everything else. Nothing in it names a folder
     of the user's."""
-    lora_config = unet.peft_config["default"]
+    config, lora_config = run.config, unet.peft_config["default"]
     lora_config.target_modules = sorted(lora_config.target_modules)  # a set comes in any order
     is_local = Path(config.model_id).is_dir()
     lora_config.base_model_name_or_path = None if is_local else config.model_id
     lora_config.inference_mode = True
+    folder.mkdir()
     lora_config.save_pretrained(folder)
     state_dict = {key: weight.cpu() for key, weight in get_peft_model_state_dict(unet).items()}
     packed = pack_safetensors(state_dict, {"format": "pt"})
@@ -675,7 +731,7 @@ def save_seal(config: Config, unet: PeftModel, prediction_type: str, folder: Pat
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "modelspec.trigger_phrase": config.train_prompt,
         "modelspec.usage_hint": "put the trigger phrase into the prompt; strength 1",
-        "modelspec.prediction_type": prediction_type,
+        "modelspec.prediction_type": run.noise_scheduler.config.prediction_type,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.lora_alpha),
@@ -688,9 +744,9 @@ def save_seal(config: Config, unet: PeftModel, prediction_type: str, folder: Pat
 
 
 @torch.no_grad()
-def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> None:
+def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> UNet2DConditionModel:
     """Load both files back onto the bare UNet: each must do to its output what the trained adapter
-    does. Raises Trouble otherwise. `unet` comes out bare."""
+    does. Raises Trouble otherwise. Returns the UNet with the seal as diffusers loads it."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, unet.config.in_channels, 8, 8, generator=generator)
     noise, prompt_embeds = noise.to(unet.device), prompt_embeds[:1].to(unet.device)
@@ -715,6 +771,225 @@ def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> No
     for name, loaded in found.items():
         if (loaded - base - effect).norm() > 0.05 * effect.norm():
             raise Trouble(f"{name}, loaded back, does not do what was trained")
+    return bare
+
+
+# ---------------------------------------------------------------------------------------------
+# Something to look at: previews, the loss curve, the model card
+# ---------------------------------------------------------------------------------------------
+
+
+PREVIEW_STEPS = 20  # enough for DPM-Solver++ (arXiv 2211.01095)
+
+
+@torch.no_grad()
+def sample_latents(run: Run, unet) -> torch.Tensor:
+    """Denoised latents without and with the adapter, (2, preview_images, 4, h, w) on the CPU.
+
+    The same noise in both rows; one picture at a time, which takes less memory than training.
+    """
+    pipe = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet.get_base_model() if isinstance(unet, PeftModel) else unet,
+        scheduler=DPMSolverMultistepScheduler.from_config(run.noise_scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    prompt, empty = run.preview_embeds.to(run.device).unsqueeze(1)
+    options = {"prompt_embeds": prompt, "negative_prompt_embeds": empty, "output_type": "latent"}
+    options |= {"num_inference_steps": PREVIEW_STEPS, "guidance_scale": 7.5}
+    layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+    seeds, latents, training = range(run.config.preview_images), [], unet.training
+    bar = tqdm(total=2 * len(seeds), desc="drawing previews", disable=None)
+    try:
+        unet.eval()
+        for with_seal in (False, True):
+            for layer in layers:
+                layer.enable_adapters(with_seal)
+            for seed in seeds:
+                generator = torch.Generator().manual_seed(seed)
+                noise = torch.randn(1, *run.moments.shape[-3:], generator=generator)
+                with run.autocast():
+                    latents.append(pipe(latents=noise, **options).images.float().cpu())
+                bar.update()
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        unet.train(training)
+        bar.close()
+    return torch.cat(latents).unflatten(0, (2, -1))
+
+
+@torch.no_grad()
+def write_previews(run: Run, unet, file: Path, last: bool = False) -> None:
+    """A grid of pictures without and with the adapter. Trouble is a warning, not a failed run.
+
+    The `last` time the UNet leaves the GPU to make room for the decoder; before, the CPU decodes.
+    """
+    try:
+        latents = sample_latents(run, unet)
+        device, dtype = (run.device, run.dtype) if last else (torch.device("cpu"), torch.float32)
+        if last:
+            unet.to("cpu")
+        options = {"dtype": dtype, "variant": run.config.variant}
+        vae = load_part(AutoencoderKL, run.folder, "vae", **options).to(device)
+        latents = (latents / vae.config.scaling_factor).to(device, dtype)
+        decoded = [[vae.decode(x[None]).sample.float().cpu() for x in row] for row in latents]
+        to_images = VaeImageProcessor().postprocess
+        write_whole(file, draw_grid([[to_images(x)[0] for x in row] for row in decoded]))
+    except Exception as error:  # noqa: BLE001 - no picture is worth a run
+        say(f"no {file.name}: {first_line(error)}")
+
+
+def png(image: Image.Image) -> bytes:
+    image.save(data := BytesIO(), "PNG")
+    return data.getvalue()
+
+
+def draw_grid(rows: list[list[Image.Image]]) -> bytes:
+    """A labelled PNG: the base model's pictures above, the seal's below, a seed in each column."""
+    side, font = rows[0][0].width, ImageFont.load_default(14)
+    left, top, gap = 104, 24, 4
+    grid = Image.new("RGB", (left + len(rows[0]) * (side + gap), top + 2 * (side + gap)), "white")
+    pen = ImageDraw.Draw(grid)
+    for y, (label, row) in enumerate(zip(("base model", "with the seal"), rows, strict=True)):
+        middle = top + y * (side + gap) + side / 2
+        pen.text((left - 8, middle), label, "black", font, anchor="rm")
+        for x, image in enumerate(row):
+            pen.text((left + x * (side + gap) + side / 2, 12), f"seed {x}", "black", font, "mm")
+            grid.paste(image, (left + x * (side + gap), top + y * (side + gap)))
+    return png(grid)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, eight at most."""
+    unit = 10 ** math.floor(math.log10(high))
+    step = next(unit * part for part in (0.1, 0.2, 0.5, 1, 2) if high <= 8 * unit * part)
+    return [round(i * step, 12) for i in range(math.ceil(low / step), int(high / step) + 1)]
+
+
+def draw_loss(rows: list[list[str]]) -> bytes:
+    """A PNG of the loss of each update (dots) and its running mean (line) from loss.csv's rows."""
+    steps, losses = [int(row[0]) for row in rows], [float(row[2]) for row in rows]
+    smooth, weight = [], min(0.98, 1 - 1 / (1 + len(rows) / 20))
+    for loss in losses:
+        smooth.append(weight * (smooth[-1] if smooth else loss) + (1 - weight) * loss)
+    # The axis holds nearly all dots; a rare high one is drawn at the top edge.
+    high = sorted(losses)[int(0.98 * (len(losses) - 1))] * 1.15
+    image, font = Image.new("RGB", (800, 420), "white"), ImageFont.load_default(14)
+    pen, (left, top, right, bottom) = ImageDraw.Draw(image), (70, 34, 780, 366)
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = left + (right - left) * (step - steps[0]) / max(1, steps[-1] - steps[0])
+        return x, max(top, bottom - (bottom - top) * loss / high)
+
+    for loss in ticks(0, high):
+        _, y = place(steps[0], loss)
+        pen.line([(left, y), (right, y)], "#dddddd")
+        pen.text((left - 8, y), f"{loss:g}", "black", font, "rm")
+    for step in ticks(steps[0], steps[-1]):
+        pen.text((place(step, 0)[0], bottom + 14), f"{step:g}", "black", font, "mm")
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
+    for x, y in map(place, steps, losses):
+        pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill="#9ecae1")
+    pen.line([*map(place, steps, smooth)], "#08519c", 3)
+    pen.text(
+        (left, 16), "loss (mean squared error): each update, running mean", "black", font, "lm"
+    )
+    pen.text(((left + right) / 2, 404), "update", "black", font, "mm")
+    return png(image)
+
+
+def write_card(run: Run, progress: dict) -> str:
+    """The seal's README.md, by the hub's conventions. No folder of the user's is named in it."""
+    config, is_local = run.config, Path(run.config.model_id).is_dir()
+    base = "path/to/the/base/model" if is_local else config.model_id
+    trigger, preview_prompt = config.train_prompt, config.preview_prompt or config.train_prompt
+    has_preview = (Path(config.output_dir) / "preview.png").exists()
+    widget = [{"text": preview_prompt, "output": {"url": "preview.png"}}] if has_preview else None
+    front_matter = ModelCardData(
+        base_model=None if is_local else base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "stable-diffusion", "text-to-image", "diffusers-training"],
+        instance_prompt=config.train_prompt,
+        widget=widget,
+    )
+    private = {"dataset_dir", "output_dir", "resume"} | ({"model_id"} if is_local else set())
+    told = [option for option in fields(config) if option.name not in private]
+    settings = [f"| `{flag_of(o)}` | `{shown(getattr(config, o.name))}` |" for o in told]
+    libraries = (torch, diffusers, transformers, peft, datasets)
+    facts = {
+        "strength": f"alpha / rank = {config.lora_alpha:g} / {config.rank}",
+        "loss": "none" if progress["loss"] is None else f"{progress['loss']:.4f} in the last epoch",
+        "pictures": len(run.moments),
+        "updates": f"{progress['step']} in {progress['epochs']} epochs",
+        "time": f"{progress['seconds'] / 60:.1f} minutes of training",
+        "peak memory": f"{peak_memory(run.device):.0f} MiB",
+        "hardware": device_name(run.device),
+        "precision": str(run.dtype).removeprefix("torch."),
+        "versions": ", ".join(f"{lib.__name__} {lib.__version__}" for lib in libraries),
+    }
+    facts, table = (
+        [f"| {name} | {fact} |" for name, fact in facts.items()],
+        "| | |\n| --- | --- |\n",
+    )
+    previews = "![Without and with the seal](preview.png)\n" if has_preview else ""
+    lines = "\n".join
+    return str(
+        ModelCard(
+            f"""---
+{front_matter.to_yaml()}
+---
+
+# An artist's seal
+
+A LoRA for Stable Diffusion that carries the style of a folder of pictures. Put the trigger phrase
+into your prompt:
+
+> {trigger}
+
+{previews}
+![Loss](loss.png)
+
+## Use it
+
+diffusers:
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained({base!r})
+pipe.load_lora_weights("path/to/this/folder")
+image = pipe({trigger!r}).images[0]
+```
+
+PEFT:
+
+```python
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+
+unet = UNet2DConditionModel.from_pretrained({base!r}, subfolder="unet")
+unet = PeftModel.from_pretrained(unet, "path/to/this/folder")
+```
+
+ComfyUI: copy `pytorch_lora_weights.safetensors` to `models/loras` and add a *Load LoRA* node at
+strength 1. AUTOMATIC1111 and Forge: copy it to `models/Lora` as `artist_seal.safetensors` and write
+`<lora:artist_seal:1>` into the prompt. Strength 1 is the strength it was trained at.
+
+## How it was trained
+
+{table}{lines(facts)}
+
+{table}{lines(settings)}
+"""
+        )
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -751,7 +1026,7 @@ def read_checkpoint(config: Config, state: dict, total_steps: int) -> dict[str, 
     """
     file = checkpoint_file(config)
     if not file.exists():
-        complain(f"no checkpoint in {config.output_dir}: starting afresh")
+        say(f"no checkpoint in {config.output_dir}: starting afresh")
         return {}
     try:
         with safe_open(file, "pt") as saved:
@@ -798,6 +1073,39 @@ def restore(saved: dict[str, torch.Tensor], parameters: dict, optimizer: AdamW) 
 # ---------------------------------------------------------------------------------------------
 
 
+LOG_COLUMNS = "update epoch loss learning_rate gradient_norm images_per_second peak_memory_mib"
+
+
+def device_name(device: torch.device) -> str:
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """In MiB: of the GPU's memory, or of the process's on the CPU (0 where it does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    with suppress(ImportError):  # Windows has no such module
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return 0.0
+
+
+def read_log(file: Path, step: int) -> list[list[str]]:
+    """loss.csv's rows up to an update; none where there is no such file."""
+    with suppress(OSError), open(file, newline="", encoding="utf-8") as lines:
+        return [row for row in list(csv.reader(lines))[1:] if len(row) == 7 and int(row[0]) <= step]
+    return []
+
+
+def append_log(file: Path, rows: list[list]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerows(([] if lines.tell() else [LOG_COLUMNS.split()]) + rows)
+
+
 @contextmanager
 def kept_on_failure(keep):
     """Call `keep` if an error ends the block, unless it is Trouble: that spoils what it would keep."""
@@ -811,69 +1119,93 @@ def kept_on_failure(keep):
         raise
 
 
-def fit(config, cache, unet, noise_scheduler, updates, total_steps, dtype, saved, state) -> None:
-    """Train the adapter in `unet`, from where `state` stands to `total_steps`.
+def account(progress: dict, plan: list, values: list) -> list[list]:
+    """Add updates to `progress`; return the first columns of their rows in loss.csv.
 
-    `updates` is `plan_epoch`'s; `saved` holds a checkpoint's tensors or nothing. `state["progress"]`
-    is the loop's state. Raises SystemExit after a signal, Trouble for a loss that is not finite.
+    `values` holds of each its loss summed over its pictures, learning rate and gradient norm.
+    Raises Trouble for a loss that is not finite.
     """
-    device, pictures, progress = unet.device, len(cache.moments), state["progress"]
+    rows = []
+    for summed, rate, norm in values:
+        pictures = sum(map(len, plan[progress["step"] % len(plan)]))
+        progress["step"] += 1
+        if not math.isfinite(summed):
+            where = f"update {progress['step']}"
+            raise Trouble(f"loss not finite at {where}; try a lower --learning-rate")
+        rows.append([progress["step"], progress["epochs"] + 1, summed / pictures, rate, norm])
+        progress["epoch_loss"] += summed
+        progress["images"] += pictures
+        if progress["step"] % len(plan) == 0:
+            progress["epochs"] += 1
+            in_epoch = sum(len(batch) for update in plan for batch in update)
+            progress["loss"], progress["epoch_loss"] = progress["epoch_loss"] / in_epoch, 0.0
+    return rows
+
+
+def fit(run: Run, unet: PeftModel, plan: list, total_steps: int, saved: dict, state: dict) -> None:
+    """Train the adapter in `unet`, from where `state["progress"]` stands to `total_steps`.
+
+    `plan` is `plan_epoch`'s; `saved` holds a checkpoint's tensors, or nothing. Raises SystemExit
+    after a signal, Trouble for a loss that is not finite.
+    """
+    config, device, progress = run.config, run.device, state["progress"]
     lora_parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     optimizer = AdamW(lora_parameters.values(), lr=config.learning_rate, fused=True)
     # Without it, float16 gradients underflow; elsewhere it passes everything through.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype is torch.float16)
     if saved:
         restore(saved, lora_parameters, optimizer)
         scaler.load_state_dict(state["scaler"])
 
-    def draw_batches(step: int) -> list[dict[str, torch.Tensor]]:
-        epoch, update = divmod(step, len(updates))
-        places = [[epoch * pictures + place for place in batch] for batch in updates[update]]
-        return [default_collate([draw(cache, config.seed, p) for p in batch]) for batch in places]
-
     # One item an update: its batches.
     steps = range(progress["step"], total_steps)
-    on_gpu = device.type == "cuda"
-    train_dataloader = DataLoader(steps, None, collate_fn=draw_batches, pin_memory=on_gpu)
+    pin_memory = device.type == "cuda"
+    draw_step = partial(draw_update, run, plan)
+    train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=pin_memory)
     bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
 
     def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
         """Add the share of the batch's gradient; return its loss, () float32, on the device."""
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            loss = compute_loss(unet, noise_scheduler, batch)
+        with run.autocast():
+            loss = compute_loss(unet, run.noise_scheduler, batch)
         scaler.scale(loss * share).backward()
         return loss.detach()
 
-    losses = []  # of the updates since the last look, each summed over its pictures
+    every, log_file = config.preview_every_epochs, checkpoint_file(config).with_name("loss.csv")
+    rows = read_log(log_file, progress["step"]) if saved else []
+    log_file.unlink(missing_ok=True)
+    append_log(log_file, rows)
+    # Of each update since the last look: loss summed over its pictures, rate, gradient norm.
+    pending, looked = [], time.monotonic()
 
     def look() -> None:
-        """Bring `progress` up to date. The CPU waits for the GPU here: not at every update."""
-        for loss in torch.stack(losses).tolist() if losses else []:
-            progress["step"] += 1
-            if not math.isfinite(loss):
-                where = f"update {progress['step']}"
-                raise Trouble(f"loss not finite at {where}; try a lower --learning-rate")
-            progress["epoch_loss"] += loss
-            if progress["step"] % len(updates) == 0:
-                progress["epochs"] += 1
-                progress["loss"], progress["epoch_loss"] = progress["epoch_loss"] / pictures, 0.0
-                shown_loss = f"loss {progress['loss']:.4f}"
-                bar.set_postfix_str(shown_loss)
-                epoch = f"epoch {progress['epochs']}/{config.num_train_epochs}"
-                tqdm.write(f"{epoch}: {shown_loss}", sys.stderr)
-        bar.update(len(losses))
-        losses.clear()
+        """Bring `progress` and loss.csv up to date. The CPU waits for the GPU here, which it does
+        at the end of an epoch, every few seconds and at a checkpoint, not at every update."""
+        nonlocal looked
+        values = torch.stack(pending).tolist() if pending else []
+        pending.clear()
+        seconds, looked = time.monotonic() - looked, time.monotonic()
+        seen, epochs = progress["images"], progress["epochs"]
+        rows = account(progress, plan, values)
+        progress["seconds"] += seconds
+        speed = round((progress["images"] - seen) / max(seconds, 1e-9), 3)
+        memory = round(peak_memory(device))
+        append_log(log_file, [[*row, speed, memory] for row in rows])
+        bar.update(len(rows))
+        if progress["epochs"] > epochs:  # one at most: there is a look at each epoch's end
+            loss = f"loss {progress['loss']:.4f}"
+            bar.set_postfix_str(loss)
+            tqdm.write(f"epoch {epochs + 1}/{config.num_train_epochs}: {loss}", sys.stderr)
 
     def keep() -> None:
         look()
         now = state | {"scaler": scaler.state_dict()}
         save_checkpoint(checkpoint_file(config), lora_parameters, optimizer, now)
 
-    unet.train()
-    looked = time.monotonic()
     Stop.deferred = True
     # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
-    without_casts = disable_input_dtype_casting(unet, dtype is not torch.float32)
+    without_casts = disable_input_dtype_casting(unet, run.dtype is not torch.float32)
+    unet.train()
     with without_casts, kept_on_failure(keep):
         for step, batches in zip(steps, train_dataloader, strict=True):
             summed = torch.zeros((), dtype=torch.float64, device=device)
@@ -882,19 +1214,25 @@ def fit(config, cache, unet, noise_scheduler, updates, total_steps, dtype, saved
                 torch.manual_seed(stream_seed(config.seed, DROPOUT, step * 2**32 + i))
                 summed += backward(batch, 1 / len(batches)) * len(batch["timesteps"])
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(lora_parameters.values(), config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(lora_parameters.values(), config.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            losses.append(summed)
+            rate = torch.full_like(summed, config.learning_rate)
+            pending.append(torch.stack([summed, rate, norm.to(summed.dtype)]))
 
             if Stop.signum:
                 break
+            epoch, rest = divmod(step + 1, len(plan))
             if (step + 1) % config.checkpointing_steps == 0:
                 keep()
-            elif (step + 1) % len(updates) == 0 or time.monotonic() > looked + 5:
+            elif rest == 0 or time.monotonic() > looked + 5:
                 look()
-                looked = time.monotonic()
+            if rest == 0 and config.preview_images and every and epoch % every == 0:
+                keep()
+                Stop.deferred = False  # a signal need not wait for pictures
+                write_previews(run, unet, log_file.parent / "previews" / f"epoch-{epoch:04}.png")
+                Stop.deferred, looked = True, time.monotonic()
         keep()
     bar.close()
     Stop.deferred = False
@@ -902,47 +1240,66 @@ def fit(config, cache, unet, noise_scheduler, updates, total_steps, dtype, saved
         sys.exit(128 + Stop.signum)
 
 
+def publish(run: Run, unet: PeftModel, progress: dict) -> None:
+    """Put the seal into the output folder, and beside it what there is to look at."""
+    config, output_dir = run.config, Path(run.config.output_dir)
+    # Judged in a folder of its own first: a run that fails leaves an earlier seal untouched.
+    staging, unfinished = output_dir / ".partial", checkpoint_file(config).parent
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        save_seal(run, unet, staging)
+        with run.autocast():
+            unet = check_seal(unet, staging, run.prompt_embeds)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, output_dir / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+    # The seal is safe. What an earlier run left beside it must not be taken for this one's.
+    for name in ("preview.png", "loss.png", "loss.csv", "README.md"):
+        (output_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "previews", ignore_errors=True)
+    if (unfinished / "previews").exists():
+        shutil.copytree(unfinished / "previews", output_dir / "previews")
+    if config.preview_images:
+        # Two forward passes a step, each about half of what training spends on a picture.
+        passes = 2 * PREVIEW_STEPS * 2 * config.preview_images
+        minutes = passes * progress["seconds"] / max(1, progress["images"]) / 2 / 60
+        if minutes > 1:
+            say(f"drawing previews; this takes about {math.ceil(minutes)} minutes")
+        write_previews(run, unet, output_dir / "preview.png", last=True)
+    log = read_log(unfinished / "loss.csv", progress["step"])
+    append_log(output_dir / "loss.csv", log)
+    write_whole(output_dir / "loss.png", draw_loss(log))
+    write_whole(output_dir / "README.md", write_card(run, progress).encode())
+
+
 def train(config: Config, progress: dict) -> None:
     """The whole run. `progress` is kept up to date, for the record of a run that fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        complain("no CUDA GPU found: training on the CPU")
+        say("no CUDA GPU found: training on the CPU")
     precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
 
     dataset, digests = load_pictures(config)
     # A step is one update: so many batches, the mean of whose gradients it follows.
-    updates = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
-    total_steps = config.num_train_epochs * len(updates)
+    plan = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
+    total_steps = config.num_train_epochs * len(plan)
     total_steps = min(total_steps, config.max_train_steps or total_steps)
     state = {"identity": identify(config, precision, digests), "progress": progress}
     saved = read_checkpoint(config, state, total_steps) if config.resume else {}
 
-    folder = find_model(config.model_id, config.variant)
-    noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    # What never changes is computed once; each part leaves memory before the next one comes.
-    cache = Cache(
-        prompt_embeds=embed_prompts(folder, [config.train_prompt], device, config.variant),
-        prompt_of=[0] * len(dataset),
-        moments=encode_pictures(folder, dataset, device, dtype, config.variant),
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-    )
-    unet = load_unet(config, folder, device, dtype)
+    run = prepare(config, dataset, device, dtype)
+    unet = load_unet(run)
+    weights = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
+    strength = f"{config.lora_alpha:g}/{config.rank} = {config.lora_alpha / config.rank:g}"
+    say(f"training {weights:,} LoRA weights at strength {strength} for {total_steps} updates")
+    say(f"of {config.model_id} in {str(dtype).removeprefix('torch.')} on {device_name(device)}")
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     progress["began"] = True
-    fit(config, cache, unet, noise_scheduler, updates, total_steps, dtype, saved, state)
-
-    # Judged in a folder of its own first: a run that fails leaves an earlier seal untouched.
-    staging = Path(config.output_dir) / ".partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        save_seal(config, unet, noise_scheduler.config.prediction_type, staging)
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            check_seal(unet, staging, cache.prompt_embeds)
-        for path in sorted(staging.iterdir()):
-            os.replace(path, Path(config.output_dir) / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    fit(run, unet, plan, total_steps, saved, state)
+    publish(run, unet, progress)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -970,31 +1327,33 @@ def main(config: Config) -> int:
         library.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     progress = {"began": False, "step": 0, "epochs": 0, "loss": None, "epoch_loss": 0.0}
+    progress |= {"seconds": 0.0, "images": 0}
     resumable, exit_code = True, 1
     try:
         train(config, progress)
         write_result(config.output_dir, True, progress["epochs"], progress["loss"])
         shutil.rmtree(checkpoint_file(config).parent, ignore_errors=True)
-        print(f"seal written to {config.output_dir}")
+        print(f"seal written to {config.output_dir}; its README.md tells how to load it, such as")
+        print(f"    pipe.load_lora_weights({config.output_dir!r})")
         return 0
     except SystemExit as stop:
         exit_code = stop.code
-        complain(f"interrupted after {progress['step']} updates")
+        say(f"interrupted after {progress['step']} updates")
     except Trouble as trouble:
-        complain(trouble)
+        say(trouble)
         resumable, exit_code = False, trouble.exit_code
     except OSError as error:
-        complain(f"{error.filename or config.output_dir}: {error.strerror or first_line(error)}")
+        say(f"{error.filename or config.output_dir}: {error.strerror or first_line(error)}")
     except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
         if is_out_of_memory(error):
-            complain(f"out of memory; what lowers it: {advise_on_memory(config)}")
+            say(f"out of memory; what lowers it: {advise_on_memory(config)}")
         else:
-            complain(f"failed with {type(error).__name__}: {first_line(error)}")
+            say(f"failed with {type(error).__name__}: {first_line(error)}")
     if progress["began"]:
         with suppress(OSError):
             write_result(config.output_dir, False, progress["epochs"], progress["loss"])
         if resumable and checkpoint_file(config).exists():
-            complain("the same command with --resume goes on from the checkpoint")
+            say("the same command with --resume goes on from the checkpoint")
     return exit_code
 
 

@@ -104,6 +104,7 @@ def config(model, palette, tmp_path):
             "learning_rate": 1e-2,
             "rank": 4,
             "lora_alpha": 8.0,
+            "preview_images": 0,
         }
         return quest.Config(**options | changes)
 

@@ -200,7 +200,8 @@ def test_a_signal_in_training(signum, code, config):
     result = result_of(wanted)
     assert result["success"] is False and result["epochsCompleted"] > 0
     assert sorted(os.listdir(wanted.output_dir)) == ["checkpoint", "result.json"]
-    assert os.listdir(quest.checkpoint_file(wanted).parent) == ["checkpoint.safetensors"]
+    kept = os.listdir(quest.checkpoint_file(wanted).parent)
+    assert sorted(kept) == ["checkpoint.safetensors", "loss.csv"]
 
 
 def test_a_second_signal_stops_at_once(config, interrupt, monkeypatch):
@@ -214,7 +215,8 @@ def test_a_second_signal_stops_at_once(config, interrupt, monkeypatch):
 
     monkeypatch.setattr(quest, "compute_loss", twice)
     assert quest.main(wanted) == 130
-    assert os.listdir(wanted.output_dir) == ["result.json"]
+    assert sorted(os.listdir(wanted.output_dir)) == ["checkpoint", "result.json"]
+    assert not quest.checkpoint_file(wanted).exists()
 
 
 @pytest.mark.parametrize("delay", [0.3, 1.0, 2.0, 3.5, 5.0])
