@@ -43,16 +43,29 @@ class Trouble(Exception):
         self.exit_code = exit_code
 
 
+def one_of(*names: str) -> tuple:
+    return f"one of {', '.join(names)}", lambda name: name in names
+
+
 # Limits: how "must be …" goes on, and the test of it on a value of the right type.
 ANY = ("", lambda value: True)
+TEXT = ("text", lambda text: text == text.encode("utf-8", "ignore").decode())
 PATH = ("a path", lambda text: text.strip() and "\0" not in text)
 NATURAL = ("at least 0", lambda n: 0 <= n < 2**63)
 POSITIVE = ("at least 1", lambda n: 1 <= n < 2**63)
 ABOVE_0 = ("finite and above 0", lambda x: 0 < x < math.inf)
+FROM_0 = ("finite and at least 0", lambda x: 0 <= x < math.inf)
+SHARE = ("at least 0 and below 1", lambda p: 0 <= p < 1)
 # Pillow would fill all memory, and be killed for it, long before a larger picture is made.
 TIMES_8 = ("a positive multiple of 8, at most 16384", lambda n: 0 < n <= 16384 and n % 8 == 0)
-SHARE = ("at least 0 and below 1", lambda p: 0 <= p < 1)
-PRECISION = ("fp16, bf16 or no", lambda name: name in ("fp16", "bf16", "no"))
+PRECISION = one_of("fp16", "bf16", "no")
+RESIZE = one_of("squash", "crop")
+# diffusers has piecewise_constant too, which needs rules that no flag gives.
+SCHEDULE = one_of(
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+)
+# PEFT's others change the base model's weights, of which no program that loads the seal knows.
+INIT = one_of("gaussian", "orthogonal")
 KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -72,19 +85,27 @@ class Config:
     gradient_accumulation_steps: int = option(4, POSITIVE, "batches in an update")
     learning_rate: float = option(1e-4, ABOVE_0, "of AdamW")
     num_train_epochs: int = option(100, POSITIVE, "times through the folder")
-    train_prompt: str = option("a painting in the style of artist_seal", ANY, "calls up the style")
+    train_prompt: str = option("a painting in the style of artist_seal", TEXT, "calls up the style")
     rank: int = option(16, POSITIVE, "of the LoRA matrices")
     lora_alpha: float = option(32.0, ABOVE_0, "the seal's strength is alpha / rank")
     lora_dropout: float = option(0.05, SHARE, "share of LoRA inputs left out in training")
+    use_dora: bool = option(False, ANY, "DoRA; a seal for PEFT alone")
+    use_rslora: bool = option(False, ANY, "strength alpha / sqrt(rank)")
+    init_lora_weights: str | None = option(None, INIT, "first LoRA weights (default: PEFT's)")
     seed: int = option(0, NATURAL, "same command, same machine, same bytes")
     mixed_precision: str | None = option(None, PRECISION, "default: fp16 on CUDA, no elsewhere")
     gradient_checkpointing: bool = option(False, ANY, "less memory, slower")
+    lr_scheduler: str = option("constant", SCHEDULE, "course of the learning rate")
+    lr_warmup_steps: int = option(0, NATURAL, "updates in which the learning rate rises from 0")
     max_grad_norm: float = option(1.0, ABOVE_0, "gradients are clipped to this norm")
+    snr_gamma: float | None = option(None, ABOVE_0, "min-SNR loss weights; 5 is usual")
+    noise_offset: float = option(0.0, FROM_0, "noise per channel: darker and lighter pictures")
+    resize_mode: str = option("squash", RESIZE, "what becomes of pictures that are not square")
     max_train_steps: int | None = option(None, POSITIVE, "stop after this many updates")
     checkpointing_steps: int = option(500, POSITIVE, "updates from one checkpoint to the next")
     resume: bool = option(False, ANY, "go on from the checkpoint in the output folder")
     preview_images: int = option(4, NATURAL, "before/after pictures made at the end; 0 = none")
-    preview_prompt: str | None = option(None, ANY, "what they show (default: the train prompt)")
+    preview_prompt: str | None = option(None, TEXT, "what they show (default: the train prompt)")
     preview_every_epochs: int = option(0, NATURAL, "pictures in between, too; 0 = none")
     variant: str | None = option(None, PATH, "weight variant of the model, such as fp16")
 
@@ -100,6 +121,8 @@ class Config:
             if type(value) is not kind or not valid(value):
                 needed = limit if type(value) is kind else KINDS[kind]
                 raise Trouble(f"{name_of(option)} must be {needed}, not {shown(value)}", 2)
+        if self.init_lora_weights == "orthogonal" and self.rank % 2:
+            raise Trouble("--init-lora-weights orthogonal needs an even --rank", 2)
 
 
 # What --resume may change: where things lie, how long it goes on, and what leaves the arithmetic
@@ -338,6 +361,7 @@ if __name__ == "__main__":
 import datasets
 import diffusers
 import numpy as np
+import pandas
 import peft
 import torch
 import torch.nn.functional as F
@@ -350,6 +374,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
@@ -386,21 +412,62 @@ def open_rgb(path) -> Image.Image:
     return image.convert("RGB")
 
 
-def apply_transforms(examples: dict, resolution: int) -> dict:
+def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
     """Each picture and its mirror image: `pixel_values`, (2, 3, R, R) float32 in [-1, 1].
 
     Both, because mirroring an image's latents is not the same as encoding its mirror image.
     """
-    resize = transforms.Resize((resolution, resolution))
+    square = (resolution, resolution)
+    squash = transforms.Resize(square)
+    crop = transforms.Compose([transforms.Resize(resolution), transforms.CenterCrop(square)])
+    resize = {"squash": squash, "crop": crop}[resize_mode]
     normalize = transforms.Normalize([0.5], [0.5])
     pixels = [open_rgb(image["path"]) for image in examples["image"]]
     pixels = [normalize(transforms.functional.to_tensor(resize(image))) for image in pixels]
     return {"pixel_values": [torch.stack([p, transforms.functional.hflip(p)]) for p in pixels]}
 
 
-def load_pictures(config: Config) -> tuple[datasets.Dataset, dict[str, str]]:
-    """The folder as a `datasets` imagefolder whose rows are `apply_transforms`' pixel values, and
-    the SHA-256 of each file under its name in the folder.
+def read_captions(folder: Path, paths: list[Path], train_prompt: str) -> list[str]:
+    """The caption of each picture: from imagefolder's metadata file (columns file_name and text),
+    else from a .txt file beside it, else the train prompt.
+
+    Raises Trouble (exit code 2) for files that cannot be read or name pictures that are not there.
+    """
+    readers = {
+        ".jsonl": partial(pandas.read_json, lines=True, dtype=False),
+        ".csv": partial(pandas.read_csv, dtype=str, keep_default_na=False),
+        ".parquet": pandas.read_parquet,
+    }
+    captions, missing = dict.fromkeys(map(str, paths)), []
+    file = folder
+    try:
+        for file in sorted(folder.rglob("metadata.*")):
+            if reader := readers.get(file.suffix):
+                table = reader(file)
+                for name, text in zip(table["file_name"], table["text"], strict=True):
+                    path = os.path.normpath(file.parent / str(name))
+                    missing += [f"{name!r} in {file.name}"] if path not in captions else []
+                    captions[path] = text
+        for file in (path.with_suffix(".txt") for path in paths):
+            if file.is_file():
+                texts = [str(path) for path in paths if path.with_suffix(".txt") == file]
+                for path in texts:
+                    captions[path] = captions[path] or file.read_text(encoding="utf-8")
+    except KeyError as error:
+        raise Trouble(
+            f"captions {file}: no column {error}; file_name and text are needed", 2
+        ) from None
+    except (OSError, ValueError) as error:
+        raise Trouble(f"captions {file}: {first_line(error)}", 2) from None
+    if missing:
+        raise Trouble("captions for pictures that are not there: " + ", ".join(missing), 2)
+    told = [captions[str(path)] for path in paths]
+    return [t.strip() if isinstance(t, str) and t.strip() else train_prompt for t in told]
+
+
+def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str, str]]:
+    """The folder as a `datasets` imagefolder whose rows are `apply_transforms`' pixel values; the
+    caption of each picture; and by its name in the folder a SHA-256 of both.
 
     Raises Trouble (exit code 2) with a list of all pictures that cannot be used.
     """
@@ -429,9 +496,11 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, dict[str, str]]:
         count = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
         raise Trouble(count + "".join(problems), 2)
 
+    captions = read_captions(folder, paths, config.train_prompt)
+    own = sum(caption != config.train_prompt for caption in captions)
     sizes = sorted(sizes, key=math.prod)
     extent = dict.fromkeys(f"{width}×{height}" for width, height in (sizes[0], sizes[-1]))
-    say(f"{len(paths)} pictures, {' to '.join(extent)} pixels")
+    say(f"{len(paths)} pictures, {' to '.join(extent)} pixels, {own} with captions of their own")
 
     # Named one by one: left to itself, imagefolder puts test_1.png into a "test" split, unused.
     data_files = {"train": [glob.escape(str(path)) for path in paths]}
@@ -444,9 +513,12 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, dict[str, str]]:
         except datasets.exceptions.DatasetsError as error:
             raise Trouble(f"listing the pictures in {cache}: {error.__cause__ or error}") from None
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    dataset = dataset.with_transform(partial(apply_transforms, resolution=config.resolution))
+    how = {"resolution": config.resolution, "resize_mode": config.resize_mode}
+    dataset = dataset.with_transform(partial(apply_transforms, **how))
     names = [str(path.relative_to(folder)) for path in paths]
-    return dataset, dict(zip(names, digests, strict=True))
+    both = [f"{d} {caption}" for d, caption in zip(digests, captions, strict=True)]
+    digests = [hashlib.sha256(text.encode()).hexdigest() for text in both]
+    return dataset, captions, dict(zip(names, digests, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -463,6 +535,29 @@ PART_FILES = {
 }
 
 
+def check_family(model_id: str, folder: Path) -> None:
+    """Raises Trouble for a model that is not Stable Diffusion 1.x or 2.x, text to image."""
+
+    def read(name: str) -> dict:
+        with suppress(OSError, ValueError):
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+        return {}
+
+    index, unet, text = (
+        read(f"{p}.json") for p in ("model_index", "unet/config", "text_encoder/config")
+    )
+    fits = not index.keys() & {"transformer", "text_encoder_2", "prior", "controlnet"}
+    if unet and text:
+        fits &= unet.get("in_channels", 4) == 4 and not unet.get("addition_embed_type")
+        fits &= unet.get("cross_attention_dim") == text.get("hidden_size")
+    if not fits:
+        what = index.get("_class_name", "something else")
+        raise Trouble(
+            f"model {model_id} is {what}; this script trains text-to-image Stable Diffusion 1.x and "
+            "2.x, no SDXL, SD3, Flux or inpainting model"
+        )
+
+
 def find_model(model_id: str, variant: str | None) -> Path:
     """A local folder in diffusers layout, downloaded first if `model_id` is not one.
 
@@ -470,17 +565,28 @@ def find_model(model_id: str, variant: str | None) -> Path:
     """
     suffix = f".{variant}" if variant else ""
     folder = Path(model_id)
+    if folder.is_file():
+        raise Trouble(
+            f"model {model_id} is a single file, without the tokenizer and configurations it needs: "
+            "convert it once, with network, by diffusers' StableDiffusionPipeline.from_single_file("
+            "…).save_pretrained(folder), and give --model-id that folder"
+        )
     if not folder.is_dir():
         names = {name.format(suffix) for part in PART_FILES.values() for name in part}
         wanted = ["*.json", "*/merges.txt", *(f"*/{name.replace('00001', '*')}" for name in names)]
         try:
+            # The small files first: what is no Stable Diffusion 1 or 2 is not worth a download.
+            check_family(model_id, Path(snapshot_download(model_id, allow_patterns="*.json")))
             folder = Path(snapshot_download(model_id, allow_patterns=wanted))
+        except Trouble:
+            raise
         except Exception as error:  # noqa: BLE001 - the hub, the network and the disk may fail
             raise Trouble(
                 f"model {model_id} is no folder here and could not be had from the hub "
                 f"({type(error).__name__}): check the name and the network, set HF_TOKEN if it "
                 "wants a login, or give --model-id a folder in diffusers layout"
             ) from None
+    check_family(model_id, folder)
     for part, names in PART_FILES.items():
         if not any(any((folder / part).glob(name.format(suffix))) for name in names):
             pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.ckpt")]
@@ -509,14 +615,22 @@ def load_part(cls, folder: Path, part: str, **options):
 
 @torch.no_grad()
 def embed_prompts(
-    folder: Path, prompts: list[str], device: torch.device, variant: str | None
+    folder: Path, prompts: dict[str, str], device: torch.device, variant: str | None
 ) -> torch.Tensor:
-    """The text encoder's last hidden state: (prompts, 77, width) float32, on the CPU."""
+    """The text encoder's last hidden state: (prompts, 77, width) float32, on the CPU.
+
+    `prompts` maps each to what it belongs to, to report those that are cut at 77 tokens.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     options = {"dtype": torch.float32, "variant": variant}
     text_encoder = load_part(CLIPTextModel, folder, "text_encoder", **options).to(device)
-    padded = {"padding": "max_length", "max_length": tokenizer.model_max_length}
-    prompt_ids = tokenizer(prompts, truncation=True, return_tensors="pt", **padded).input_ids
+    most = tokenizer.model_max_length
+    lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+    cut = [f"{o} ({n} tokens)" for n, o in zip(lengths, prompts.values(), strict=True) if n > most]
+    if cut:
+        say(f"prompts longer than {most} tokens are cut there: {', '.join(cut)}")
+    padded = {"padding": "max_length", "truncation": True, "max_length": most}
+    prompt_ids = tokenizer(list(prompts), return_tensors="pt", **padded).input_ids
     return torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in prompt_ids.split(16)])
 
 
@@ -562,22 +676,28 @@ class Run:
 
 
 def prepare(
-    config: Config, dataset: datasets.Dataset, device: torch.device, dtype: torch.dtype
+    config: Config, dataset, captions: list[str], names, device: torch.device, dtype: torch.dtype
 ) -> Run:
-    """Compute once what never changes. Each part leaves memory before the next one comes."""
+    """Compute once what never changes. Each part leaves memory before the next one comes.
+
+    `captions` and `names` belong to the pictures of `dataset`, in its order.
+    """
     folder = find_model(config.model_id, config.variant)
     preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
-    prompts = [config.train_prompt, preview_prompt, ""]
-    embeds = embed_prompts(folder, prompts, device, config.variant)
+    labels = [f"picture {name!r}" for name in names]
+    prompts = dict(zip(captions, labels, strict=True))
+    prompts |= {preview_prompt: "--preview-prompt", "": "", config.train_prompt: "--train-prompt"}
+    row = {prompt: i for i, prompt in enumerate(prompts)}
+    prompt_embeds = embed_prompts(folder, prompts, device, config.variant)
     return Run(
         config=config,
         folder=folder,
         device=device,
         dtype=dtype,
         noise_scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
-        prompt_embeds=embeds[:1],
-        prompt_of=[0] * len(dataset),
-        preview_embeds=embeds[1:],
+        prompt_embeds=prompt_embeds,
+        prompt_of=[row[caption] for caption in captions],
+        preview_embeds=prompt_embeds[[row[preview_prompt], row[""]]],
         moments=encode_pictures(folder, dataset, device, dtype, config.variant),
     )
 
@@ -592,6 +712,9 @@ def load_unet(run: Run) -> PeftModel:
         lora_dropout=config.lora_dropout,
         target_modules=["to_q", "to_k", "to_v", "to_out.0"],
         bias="none",
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        init_lora_weights=config.init_lora_weights or True,
     )
     # Made on the CPU, so that the first weights are the same on every device.
     torch.manual_seed(config.seed)
@@ -632,12 +755,16 @@ def draw(run: Run, position: int) -> dict[str, torch.Tensor]:
     flip = torch.randint(2, (), generator=generator)
     mean, std = run.moments[picture, flip].float()
     schedule = run.noise_scheduler.config.num_train_timesteps
-    return {
+    drawn = {
         "latents": mean + std * torch.randn(mean.shape, generator=generator),
         "noise": torch.randn(mean.shape, generator=generator),
         "timesteps": torch.randint(schedule, (), generator=generator),
         "prompt_embeds": run.prompt_embeds[run.prompt_of[picture]],
     }
+    if run.config.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
+        offset = torch.randn(len(mean), 1, 1, generator=generator)
+        drawn["noise"] += run.config.noise_offset * offset
+    return drawn
 
 
 def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[range]]:
@@ -656,22 +783,37 @@ def draw_update(run: Run, plan: list[list[range]], step: int) -> list[dict[str, 
     return [default_collate([draw(run, first + i) for i in batch]) for batch in plan[update]]
 
 
-def compute_loss(unet, noise_scheduler: DDPMScheduler, batch: dict) -> torch.Tensor:
+def compute_loss(
+    unet, noise_scheduler: DDPMScheduler, batch: dict, snr_gamma: float | None = None
+) -> torch.Tensor:
     """Mean squared error of the UNet's prediction, () float32, for a batch of what `draw` draws.
 
-    The target is the noise (arXiv 2006.11239), the velocity (2202.00512) or the sample.
+    The target is the noise (arXiv 2006.11239), the velocity (2202.00512) or the sample, as the base
+    model has it. With `snr_gamma`, min-SNR weights (2303.09556).
     """
     latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, encoder_hidden_states=batch["prompt_embeds"]).sample
-    match noise_scheduler.config.prediction_type:
+    prediction_type = noise_scheduler.config.prediction_type
+    match prediction_type:
         case "epsilon":
             target = noise
         case "v_prediction":
             target = noise_scheduler.get_velocity(latents, noise, timesteps)
         case "sample":
             target = latents
-    return F.mse_loss(model_pred.float(), target)
+    loss = F.mse_loss(model_pred.float(), target, reduction="none").mean((1, 2, 3))
+    if snr_gamma is not None:
+        # min(SNR, γ) weights the error of x0; SNR or SNR + 1 of it is that of noise or velocity.
+        # (γ / SNR is infinite where the SNR is zero: its minimum with 1 still is 1.)
+        snr = compute_snr(noise_scheduler, timesteps)
+        weight = {
+            "epsilon": (snr_gamma / snr).clamp(max=1),
+            "v_prediction": snr.clamp(max=snr_gamma) / (snr + 1),
+            "sample": snr.clamp(max=snr_gamma),
+        }[prediction_type]
+        loss = loss * weight
+    return loss.mean()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -721,8 +863,12 @@ def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
     packed = pack_safetensors(state_dict, {"format": "pt"})
     write_whole(folder / "adapter_model.safetensors", packed)
 
+    if config.use_dora:
+        return  # diffusers leaves its magnitudes out, and the UIs do not agree on their norm
+    prediction_type = run.noise_scheduler.config.prediction_type
     is_sd2 = unet.config.cross_attention_dim == 1024
-    family = "stable-diffusion-v2-768-v" if is_sd2 else "stable-diffusion-v1"
+    sd2 = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")
+    family = sd2 if is_sd2 else "stable-diffusion-v1"
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family}/lora",
@@ -731,7 +877,7 @@ def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "modelspec.trigger_phrase": config.train_prompt,
         "modelspec.usage_hint": "put the trigger phrase into the prompt; strength 1",
-        "modelspec.prediction_type": run.noise_scheduler.config.prediction_type,
+        "modelspec.prediction_type": prediction_type,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.lora_alpha),
@@ -760,18 +906,18 @@ def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> UN
     if not effect.any():
         raise Trouble("training left the UNet's output as it was; raise --learning-rate")
     found = {}
-    bare = unet.unload()
-    with_peft = PeftModel.from_pretrained(bare, folder)
+    with_peft = PeftModel.from_pretrained(unet.unload(), folder)
     found["adapter_model.safetensors"] = output(with_peft)
-    bare = with_peft.unload()
-    StableDiffusionPipeline.load_lora_into_unet(
-        *StableDiffusionPipeline.lora_state_dict(folder), bare
-    )
-    found["pytorch_lora_weights.safetensors"] = output(bare)
+    if (folder / "pytorch_lora_weights.safetensors").exists():
+        unet, pipeline = with_peft.unload(), StableDiffusionPipeline
+        pipeline.load_lora_into_unet(*pipeline.lora_state_dict(folder), unet)
+        found["pytorch_lora_weights.safetensors"] = output(unet)
+    else:
+        unet = with_peft.get_base_model()
     for name, loaded in found.items():
         if (loaded - base - effect).norm() > 0.05 * effect.norm():
             raise Trouble(f"{name}, loaded back, does not do what was trained")
-    return bare
+    return unet
 
 
 # ---------------------------------------------------------------------------------------------
@@ -904,10 +1050,16 @@ def draw_loss(rows: list[list[str]]) -> bytes:
     return png(image)
 
 
+def strength(config: Config) -> str:
+    root, divisor = ("√", config.rank**0.5) if config.use_rslora else ("", config.rank)
+    return f"{config.lora_alpha:g}/{root}{config.rank} = {config.lora_alpha / divisor:g}"
+
+
 def write_card(run: Run, progress: dict) -> str:
     """The seal's README.md, by the hub's conventions. No folder of the user's is named in it."""
     config, is_local = run.config, Path(run.config.model_id).is_dir()
     base = "path/to/the/base/model" if is_local else config.model_id
+    dora = "\nThis is a DoRA: of the ways below only PEFT's works.\n" if config.use_dora else ""
     trigger, preview_prompt = config.train_prompt, config.preview_prompt or config.train_prompt
     has_preview = (Path(config.output_dir) / "preview.png").exists()
     widget = [{"text": preview_prompt, "output": {"url": "preview.png"}}] if has_preview else None
@@ -924,7 +1076,7 @@ def write_card(run: Run, progress: dict) -> str:
     settings = [f"| `{flag_of(o)}` | `{shown(getattr(config, o.name))}` |" for o in told]
     libraries = (torch, diffusers, transformers, peft, datasets)
     facts = {
-        "strength": f"alpha / rank = {config.lora_alpha:g} / {config.rank}",
+        "strength": strength(config),
         "loss": "none" if progress["loss"] is None else f"{progress['loss']:.4f} in the last epoch",
         "pictures": len(run.moments),
         "updates": f"{progress['step']} in {progress['epochs']} epochs",
@@ -957,7 +1109,7 @@ into your prompt:
 ![Loss](loss.png)
 
 ## Use it
-
+{dora}
 diffusers:
 
 ```python
@@ -1153,9 +1305,19 @@ def fit(run: Run, unet: PeftModel, plan: list, total_steps: int, saved: dict, st
     optimizer = AdamW(lora_parameters.values(), lr=config.learning_rate, fused=True)
     # Without it, float16 gradients underflow; elsewhere it passes everything through.
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype is torch.float16)
+    # diffusers' "constant" overlooks a warm-up.
+    warm = config.lr_scheduler == "constant" and config.lr_warmup_steps
+    lr_scheduler = get_scheduler(
+        "constant_with_warmup" if warm else config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
     if saved:
         restore(saved, lora_parameters, optimizer)
         scaler.load_state_dict(state["scaler"])
+    for _ in range(progress["step"]):  # a function of the step alone, so this is all its state
+        lr_scheduler.step()
 
     # One item an update: its batches.
     steps = range(progress["step"], total_steps)
@@ -1167,7 +1329,7 @@ def fit(run: Run, unet: PeftModel, plan: list, total_steps: int, saved: dict, st
     def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
         """Add the share of the batch's gradient; return its loss, () float32, on the device."""
         with run.autocast():
-            loss = compute_loss(unet, run.noise_scheduler, batch)
+            loss = compute_loss(unet, run.noise_scheduler, batch, config.snr_gamma)
         scaler.scale(loss * share).backward()
         return loss.detach()
 
@@ -1218,7 +1380,8 @@ def fit(run: Run, unet: PeftModel, plan: list, total_steps: int, saved: dict, st
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            rate = torch.full_like(summed, config.learning_rate)
+            rate = torch.full_like(summed, lr_scheduler.get_last_lr()[0])
+            lr_scheduler.step()
             pending.append(torch.stack([summed, rate, norm.to(summed.dtype)]))
 
             if Stop.signum:
@@ -1256,7 +1419,8 @@ def publish(run: Run, unet: PeftModel, progress: dict) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
     # The seal is safe. What an earlier run left beside it must not be taken for this one's.
-    for name in ("preview.png", "loss.png", "loss.csv", "README.md"):
+    older = ["preview.png", "loss.png", "loss.csv", "README.md"]
+    for name in older + ["pytorch_lora_weights.safetensors"] * config.use_dora:
         (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(output_dir / "previews", ignore_errors=True)
     if (unfinished / "previews").exists():
@@ -1282,7 +1446,7 @@ def train(config: Config, progress: dict) -> None:
     precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
 
-    dataset, digests = load_pictures(config)
+    dataset, captions, digests = load_pictures(config)
     # A step is one update: so many batches, the mean of whose gradients it follows.
     plan = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
     total_steps = config.num_train_epochs * len(plan)
@@ -1290,11 +1454,12 @@ def train(config: Config, progress: dict) -> None:
     state = {"identity": identify(config, precision, digests), "progress": progress}
     saved = read_checkpoint(config, state, total_steps) if config.resume else {}
 
-    run = prepare(config, dataset, device, dtype)
+    run = prepare(config, dataset, captions, digests, device, dtype)
     unet = load_unet(run)
     weights = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    strength = f"{config.lora_alpha:g}/{config.rank} = {config.lora_alpha / config.rank:g}"
-    say(f"training {weights:,} LoRA weights at strength {strength} for {total_steps} updates")
+    say(f"training {weights:,} LoRA weights at strength {strength(config)}, {total_steps} updates")
+    if config.use_dora:
+        say("a DoRA's seal is for PEFT alone: no pytorch_lora_weights.safetensors will be written")
     say(f"of {config.model_id} in {str(dtype).removeprefix('torch.')} on {device_name(device)}")
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     progress["began"] = True

@@ -117,7 +117,7 @@ def test_a_json_file_alone_trains(config, tmp_path):
         (["--learning-rate", "inf"], "must be finite and above 0"),
         (["--lora-dropout", "1"], "at least 0 and below 1"),
         (["--seed", "-1"], "--seed (seed) must be at least 0"),
-        (["--mixed-precision", "fp8"], "must be fp16, bf16 or no"),
+        (["--mixed-precision", "fp8"], "must be one of fp16, bf16, no"),
         (["--output-dir", ""], "--output-dir (outputDir) must be a path"),
         (["--max-train-steps", "9" * 5000], "must be a whole number"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -296,7 +296,7 @@ def test_names_are_no_trap(config, palette):
         shutil.copy(palette / "0.png", palette / name)
     (palette / "test").mkdir()
     shutil.copy(palette / "0.png", palette / "test" / "sub folder.png")
-    dataset, _ = quest.load_pictures(config())
+    dataset = quest.load_pictures(config())[0]
     assert len(dataset) == 9
     assert dataset[8]["pixel_values"].shape == (2, 3, 64, 64)
 

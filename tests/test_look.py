@@ -171,7 +171,7 @@ def test_the_card(config, model, palette):
     assert card.data.instance_prompt == wanted.train_prompt
     assert card.data.widget[0]["output"]["url"] == "preview.png"
     assert card.data.base_model is None  # a folder of the user's
-    assert "alpha / rank = 8 / 4" in text and "4 in 2 epochs" in text
+    assert "8/4 = 2" in text and "4 in 2 epochs" in text
     for option in fields(wanted):
         named = f"`{quest.flag_of(option)}`" in text
         assert named is (option.name not in {"dataset_dir", "output_dir", "model_id", "resume"})

@@ -410,7 +410,7 @@ def test_a_loss_that_is_not_finite_names_the_update(config, capsys, monkeypatch)
     assert "loss not finite at update 3;" in message
     saved = quest.read_checkpoint(
         wanted,
-        state := {"identity": quest.identify(wanted, "no", quest.load_pictures(wanted)[1]),
+        state := {"identity": quest.identify(wanted, "no", quest.load_pictures(wanted)[-1]),
                   "progress": {}},
         99,
     )  # fmt: skip
@@ -446,7 +446,7 @@ def test_odd_pictures_train(config, palette):
     (palette / "linked.png").symlink_to(palette / "0.png")
     (palette / "loop").symlink_to(palette)
     shutil.copy(palette / "0.png", palette / "имя с пробелом\nи строкой.png")
-    dataset, digests = quest.load_pictures(config())
+    dataset, _, digests = quest.load_pictures(config())
     assert len(dataset) == len(digests) == 9
     assert quest.main(config(num_train_epochs=1)) == 0
 

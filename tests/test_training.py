@@ -22,7 +22,7 @@ PROMPT = "a red circle"
 
 
 def prepared(wanted, dtype=torch.float32) -> quest.Run:
-    return quest.prepare(wanted, quest.load_pictures(wanted)[0], CPU, dtype)
+    return quest.prepare(wanted, *quest.load_pictures(wanted), CPU, dtype)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_transforms_reach_minus_one_and_one(tmp_path):
     image = Image.new("RGB", (20, 10), "black")
     image.paste("white", (10, 0, 20, 10))
     image.save(tmp_path / "half.png")
-    rows = quest.apply_transforms({"image": [{"path": str(tmp_path / "half.png")}]}, 8)
+    rows = quest.apply_transforms({"image": [{"path": tmp_path / "half.png"}]}, 8, "squash")
     picture, mirror = rows["pixel_values"][0]
     assert picture.shape == (3, 8, 8) and picture.dtype == torch.float32
     assert picture[:, :, 0].eq(-1).all() and picture[:, :, -1].eq(1).all()
