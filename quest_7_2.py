@@ -220,13 +220,13 @@ def read_config(argv: list[str]) -> Config:
 SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .tga .ppm"
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    """All pictures in a folder and its subfolders, by name; what is hidden is left out."""
+def list_files(folder: Path, suffixes: str = SUFFIXES) -> list[Path]:
+    """All such files in a folder and its subfolders, by name; what is hidden is left out."""
 
     def is_hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES.split())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes.split())
     return sorted(path for path in found if not path.is_dir() and not is_hidden(path))
 
 
@@ -237,7 +237,7 @@ def check_folders(config: Config) -> None:
         if not dataset_dir.is_dir():
             what = "is a file, not a folder" if dataset_dir.exists() else "does not exist"
             raise Trouble(f"dataset folder {dataset_dir} {what}; name one with --dataset-dir", 2)
-        if not list_pictures(dataset_dir):
+        if not list_files(dataset_dir):
             raise Trouble(f"dataset folder {dataset_dir} has no pictures ({SUFFIXES})", 2)
         if output_dir.resolve().is_relative_to(dataset_dir.resolve()):
             raise Trouble(f"output folder {output_dir} must not be in the dataset folder", 2)
@@ -439,30 +439,38 @@ def read_captions(folder: Path, paths: list[Path], train_prompt: str) -> list[st
         ".parquet": pandas.read_parquet,
     }
     captions, missing = dict.fromkeys(map(str, paths)), []
-    file = folder
     try:
-        for file in sorted(folder.rglob("metadata.*")):
-            if reader := readers.get(file.suffix):
-                table = reader(file)
+        for file in list_files(folder, " ".join(readers)):
+            if file.stem == "metadata":
+                table = readers[file.suffix](file)
                 for name, text in zip(table["file_name"], table["text"], strict=True):
                     path = os.path.normpath(file.parent / str(name))
                     missing += [f"{name!r} in {file.name}"] if path not in captions else []
                     captions[path] = text
-        for file in (path.with_suffix(".txt") for path in paths):
-            if file.is_file():
-                texts = [str(path) for path in paths if path.with_suffix(".txt") == file]
-                for path in texts:
-                    captions[path] = captions[path] or file.read_text(encoding="utf-8")
-    except KeyError as error:
-        raise Trouble(
-            f"captions {file}: no column {error}; file_name and text are needed", 2
-        ) from None
-    except (OSError, ValueError) as error:
-        raise Trouble(f"captions {file}: {first_line(error)}", 2) from None
+        for path in paths:
+            file = path.with_suffix(".txt")
+            if captions[str(path)] is None and file.is_file():
+                captions[str(path)] = file.read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError) as error:
+        columns = "; it needs the columns file_name and text" if isinstance(error, KeyError) else ""
+        raise Trouble(f"captions {file}: {first_line(error)}{columns}", 2) from None
     if missing:
         raise Trouble("captions for pictures that are not there: " + ", ".join(missing), 2)
     told = [captions[str(path)] for path in paths]
     return [t.strip() if isinstance(t, str) and t.strip() else train_prompt for t in told]
+
+
+def examine(path: Path) -> tuple[str, tuple[int, int], str]:
+    """A picture's SHA-256, its size and, if it cannot be used, what is wrong with it."""
+    try:
+        if "::" in str(path):
+            raise ValueError('imagefolder cannot open a path with "::" in it')
+        str(path).encode()
+        data = path.read_bytes()
+        size = open_rgb(BytesIO(data)).size
+        return hashlib.sha256(data).hexdigest(), size, ""
+    except Exception as error:  # noqa: BLE001 - decoders raise anything on bad bytes
+        return "", (0, 0), f"\n  {str(path)!r}: {first_line(error)}"
 
 
 def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str, str]]:
@@ -472,19 +480,7 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
     Raises Trouble (exit code 2) with a list of all pictures that cannot be used.
     """
     folder = Path(config.dataset_dir).absolute()
-    paths = list_pictures(folder)
-
-    def examine(path: Path) -> tuple[str, tuple[int, int], str]:
-        """Its digest, size and, if it cannot be used, what is wrong with it."""
-        try:
-            if "::" in str(path):
-                raise ValueError('imagefolder cannot open a path with "::" in it')
-            str(path).encode()
-            data = path.read_bytes()
-            size = open_rgb(BytesIO(data)).size
-            return hashlib.sha256(data).hexdigest(), size, ""
-        except Exception as error:  # noqa: BLE001 - decoders raise anything on bad bytes
-            return "", (0, 0), f"\n  {str(path)!r}: {first_line(error)}"
+    paths = list_files(folder)
 
     pool = ThreadPoolExecutor()
     try:
@@ -516,8 +512,8 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
     how = {"resolution": config.resolution, "resize_mode": config.resize_mode}
     dataset = dataset.with_transform(partial(apply_transforms, **how))
     names = [str(path.relative_to(folder)) for path in paths]
-    both = [f"{d} {caption}" for d, caption in zip(digests, captions, strict=True)]
-    digests = [hashlib.sha256(text.encode()).hexdigest() for text in both]
+    both = [f"{digest} {text}".encode() for digest, text in zip(digests, captions, strict=True)]
+    digests = [hashlib.sha256(each).hexdigest() for each in both]
     return dataset, captions, dict(zip(names, digests, strict=True))
 
 
@@ -866,6 +862,8 @@ def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
     if config.use_dora:
         return  # diffusers leaves its magnitudes out, and the UIs do not agree on their norm
     prediction_type = run.noise_scheduler.config.prediction_type
+    state_dict = kohya_state_dict(unet)
+    alpha = next(tensor.item() for key, tensor in state_dict.items() if key.endswith(".alpha"))
     is_sd2 = unet.config.cross_attention_dim == 1024
     sd2 = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")
     family = sd2 if is_sd2 else "stable-diffusion-v1"
@@ -880,12 +878,12 @@ def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
         "modelspec.prediction_type": prediction_type,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
-        "ss_network_alpha": str(config.lora_alpha),
+        "ss_network_alpha": str(alpha),
         "ss_base_model_version": "sd_v2" if is_sd2 else "sd_v1",
         "ss_v2": str(is_sd2),
         "ss_output_name": "artist_seal",
     }
-    packed = pack_safetensors(kohya_state_dict(unet), metadata)
+    packed = pack_safetensors(state_dict, metadata)
     write_whole(folder / "pytorch_lora_weights.safetensors", packed)
 
 
@@ -1072,8 +1070,8 @@ def write_card(run: Run, progress: dict) -> str:
         widget=widget,
     )
     private = {"dataset_dir", "output_dir", "resume"} | ({"model_id"} if is_local else set())
-    told = [option for option in fields(config) if option.name not in private]
-    settings = [f"| `{flag_of(o)}` | `{shown(getattr(config, o.name))}` |" for o in told]
+    told = {key_of(o): getattr(config, o.name) for o in fields(config) if o.name not in private}
+    settings = json.dumps(told, indent=2, ensure_ascii=False)
     libraries = (torch, diffusers, transformers, peft, datasets)
     facts = {
         "strength": strength(config),
@@ -1086,12 +1084,8 @@ def write_card(run: Run, progress: dict) -> str:
         "precision": str(run.dtype).removeprefix("torch."),
         "versions": ", ".join(f"{lib.__name__} {lib.__version__}" for lib in libraries),
     }
-    facts, table = (
-        [f"| {name} | {fact} |" for name, fact in facts.items()],
-        "| | |\n| --- | --- |\n",
-    )
+    facts = "".join(f"\n| {name} | {fact} |" for name, fact in facts.items())
     previews = "![Without and with the seal](preview.png)\n" if has_preview else ""
-    lines = "\n".join
     return str(
         ModelCard(
             f"""---
@@ -1136,9 +1130,14 @@ strength 1. AUTOMATIC1111 and Forge: copy it to `models/Lora` as `artist_seal.sa
 
 ## How it was trained
 
-{table}{lines(facts)}
+| | |
+| --- | --- |{facts}
 
-{table}{lines(settings)}
+The settings, as a file for `--config`:
+
+```json
+{settings}
+```
 """
         )
     )
@@ -1271,6 +1270,14 @@ def kept_on_failure(keep):
         raise
 
 
+def make_lr_scheduler(config: Config, optimizer: AdamW, total_steps: int):
+    name, warmup = config.lr_scheduler, config.lr_warmup_steps
+    if name == "constant" and warmup:
+        name = "constant_with_warmup"  # diffusers' "constant" would pass over it
+    steps = {"num_warmup_steps": warmup, "num_training_steps": total_steps}
+    return get_scheduler(name, optimizer, **steps)
+
+
 def account(progress: dict, plan: list, values: list) -> list[list]:
     """Add updates to `progress`; return the first columns of their rows in loss.csv.
 
@@ -1305,14 +1312,7 @@ def fit(run: Run, unet: PeftModel, plan: list, total_steps: int, saved: dict, st
     optimizer = AdamW(lora_parameters.values(), lr=config.learning_rate, fused=True)
     # Without it, float16 gradients underflow; elsewhere it passes everything through.
     scaler = torch.amp.GradScaler(device.type, enabled=run.dtype is torch.float16)
-    # diffusers' "constant" overlooks a warm-up.
-    warm = config.lr_scheduler == "constant" and config.lr_warmup_steps
-    lr_scheduler = get_scheduler(
-        "constant_with_warmup" if warm else config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total_steps,
-    )
+    lr_scheduler = make_lr_scheduler(config, optimizer, total_steps)
     if saved:
         restore(saved, lora_parameters, optimizer)
         scaler.load_state_dict(state["scaler"])
@@ -1440,7 +1440,11 @@ def publish(run: Run, unet: PeftModel, progress: dict) -> None:
 
 def train(config: Config, progress: dict) -> None:
     """The whole run. `progress` is kept up to date, for the record of a run that fails."""
+    # Same command, same bytes: some of CUDA's kernels must be told. (Without effect on the CPU.)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cpu":
         say("no CUDA GPU found: training on the CPU")
     precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")

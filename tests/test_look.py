@@ -173,8 +173,13 @@ def test_the_card(config, model, palette):
     assert card.data.base_model is None  # a folder of the user's
     assert "8/4 = 2" in text and "4 in 2 epochs" in text
     for option in fields(wanted):
-        named = f"`{quest.flag_of(option)}`" in text
+        named = f'"{quest.key_of(option)}": ' in text
         assert named is (option.name not in {"dataset_dir", "output_dir", "model_id", "resume"})
+    settings = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
+    (folder / "settings.json").write_text(settings)
+    again = quest.read_config(["--config", str(folder / "settings.json")])
+    private = {name: getattr(wanted, name) for name in ("dataset_dir", "output_dir", "model_id")}
+    assert replace(again, **private) == wanted
     for secret in [str(palette), str(model), str(folder)]:
         assert secret not in text
     for image in re.findall(r"!\[.*?\]\((.*?)\)", text):
@@ -191,7 +196,7 @@ def test_the_card_names_a_model_of_the_hub(config):
     progress = {"loss": 0.5, "step": 1, "epochs": 1, "seconds": 1.0}
     card = ModelCard(quest.write_card(run_, progress))
     assert card.data.base_model == "CompVis/stable-diffusion-v1-4"
-    assert "`--model-id`" in card.content
+    assert '"modelId"' in card.content
 
 
 def test_the_snippets_in_the_card_run(config, model):

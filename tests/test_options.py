@@ -73,7 +73,7 @@ def test_metadata_in_a_subfolder_speaks_of_its_own(config, palette):
     "name, content, message",
     [
         ("metadata.csv", "file_name,text\nno.png,a\nnot.png,b\n", "'no.png' in metadata.csv, 'not"),
-        ("metadata.csv", "file_name,caption\n0.png,a\n", "no column 'text'"),
+        ("metadata.csv", "file_name,caption\n0.png,a\n", "'text'; it needs the columns"),
         ("metadata.jsonl", "{broken", "metadata.jsonl: "),
         ("metadata.parquet", "no parquet", "metadata.parquet: "),
         ("1.txt", b"\xff\xfe\xff", "1.txt: "),
