@@ -95,6 +95,7 @@ class Config:
     seed: int = option(0, NATURAL, "same command, same machine, same bytes")
     mixed_precision: str | None = option(None, PRECISION, "default: fp16 on CUDA, no elsewhere")
     gradient_checkpointing: bool = option(False, ANY, "less memory, slower")
+    fp8_base: bool = option(False, ANY, "frozen weights in 8 bits: half the memory for them")
     lr_scheduler: str = option("constant", SCHEDULE, "course of the learning rate")
     lr_warmup_steps: int = option(0, NATURAL, "updates in which the learning rate rises from 0")
     max_grad_norm: float = option(1.0, ABOVE_0, "gradients are clipped to this norm")
@@ -123,6 +124,8 @@ class Config:
                 raise Trouble(f"{name_of(option)} must be {needed}, not {shown(value)}", 2)
         if self.init_lora_weights == "orthogonal" and self.rank % 2:
             raise Trouble("--init-lora-weights orthogonal needs an even --rank", 2)
+        if self.use_dora and self.fp8_base:
+            raise Trouble("--use-dora needs the weights at hand that --fp8-base narrows", 2)
 
 
 # What --resume may change: where things lie, how long it goes on, and what leaves the arithmetic
@@ -630,6 +633,12 @@ def embed_prompts(
     return torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in prompt_ids.split(16)])
 
 
+def ignore_interrupts(worker: int) -> None:
+    """In a worker: Ctrl-C reaches it too, but ending it is for the main process to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @torch.no_grad()
 def encode_pictures(
     folder: Path, dataset: datasets.Dataset, device: torch.device, dtype: torch.dtype, variant
@@ -641,13 +650,26 @@ def encode_pictures(
     to 11 bits. Raises Trouble where `dtype` is too narrow for this VAE.
     """
     vae = load_part(AutoencoderKL, folder, "vae", dtype=dtype, variant=variant).to(device)
-    moments = []
-    for picture in tqdm(DataLoader(dataset), "encoding pictures", disable=None):
-        pixel_values = picture["pixel_values"].flatten(0, 1).to(device, dtype)
-        posterior = vae.encode(pixel_values).latent_dist
+    # Pictures are read and resized by workers while the VAE is at the ones before.
+    side = dataset[0]["pixel_values"].shape[-1]
+    batch_size = min(16, max(1, 512**2 // side**2))
+    workers = min(4, os.cpu_count() or 1) if len(dataset) > 32 else 0
+    pictures = DataLoader(
+        dataset, batch_size, num_workers=workers, worker_init_fn=ignore_interrupts
+    )
+    moments, done = None, 0
+    bar = tqdm(total=len(dataset), desc="encoding pictures", unit="picture", disable=None)
+    for batch in pictures:
+        pixel_values = batch["pixel_values"].to(device, dtype)
+        posterior = vae.encode(pixel_values.flatten(0, 1)).latent_dist
         both = torch.stack([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor
-        moments.append(both.to("cpu", torch.float16))
-    moments = torch.stack(moments)
+        both = both.unflatten(0, (-1, 2)).half().cpu()
+        if moments is None:
+            moments = torch.empty(len(dataset), *both.shape[1:], dtype=torch.float16)
+        moments[done : done + len(both)] = both
+        done += len(both)
+        bar.update(len(both))
+    bar.close()
     if not moments.isfinite().all():
         raise Trouble(f"this model's VAE overflows in {dtype}; try another --mixed-precision")
     return moments
@@ -698,6 +720,55 @@ def prepare(
     )
 
 
+class Widened(torch.autograd.Function):
+    """x → Linear or Conv2d of x by a frozen weight that is wide only while it is used.
+
+    Left to itself, autograd would keep the widened weight of every layer for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight8, scale, bias, conv):
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        ctx.save_for_backward(weight8, scale)
+        ctx.conv, ctx.shape = conv, x.shape
+        weight = weight8.to(dtype) * scale.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return F.conv2d(x, weight, bias, **conv) if conv else F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight8, scale = ctx.saved_tensors
+        weight = weight8.to(grad.dtype) * scale.to(grad.dtype)
+        if ctx.conv:
+            grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, **ctx.conv)
+        else:
+            grad = grad @ weight
+        return grad, None, None, None, None
+
+
+def narrow_weights(unet: torch.nn.Module) -> None:
+    """Keep frozen Linear and Conv2d weights as float8_e4m3fn with a scale per output channel."""
+    for layer in unet.modules():
+        is_conv = isinstance(layer, torch.nn.Conv2d)
+        if not (is_conv or isinstance(layer, torch.nn.Linear)) or layer.weight.requires_grad:
+            continue
+        weight = layer.weight.detach()
+        largest = weight.float().flatten(1).abs().amax(1).clamp(min=1e-6)
+        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).view(-1, *[1] * (weight.ndim - 1))
+        layer.weight8 = torch.nn.Buffer((weight.float() / scale).to(torch.float8_e4m3fn))
+        layer.scale = torch.nn.Buffer(scale)
+        # PEFT and diffusers ask a layer's weight for its device and dtype.
+        layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+        conv = {"stride": layer.stride, "padding": layer.padding} if is_conv else None
+        layer.forward = partial(widened_forward, layer, conv)
+
+
+def widened_forward(layer, conv, x: torch.Tensor) -> torch.Tensor:
+    return Widened.apply(x, layer.weight8, layer.scale, layer.bias, conv)
+
+
 def load_unet(run: Run) -> PeftModel:
     """The frozen UNet in `run.dtype` with float32 LoRA weights in its attention layers."""
     config, options = run.config, {"dtype": run.dtype, "variant": run.config.variant}
@@ -715,6 +786,8 @@ def load_unet(run: Run) -> PeftModel:
     # Made on the CPU, so that the first weights are the same on every device.
     torch.manual_seed(config.seed)
     unet = get_peft_model(unet, lora_config)
+    if config.fp8_base:
+        narrow_weights(unet)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.to(run.device)
@@ -1481,6 +1554,7 @@ def advise_on_memory(config: Config) -> str:
     """The flags that would lower this command's memory."""
     flags = {
         "--gradient-checkpointing": not config.gradient_checkpointing,
+        "--fp8-base": not config.fp8_base and not config.use_dora,
         "--mixed-precision fp16": config.mixed_precision == "no",
         "a smaller --train-batch-size": config.train_batch_size > 1,
         "a smaller --resolution": config.resolution > 64,

@@ -31,6 +31,7 @@ SENSIBLE = {
     "mixedPrecision": st.sampled_from([None, "no", "bf16", "fp16"]),
     "gradientCheckpointing": st.booleans(),
     "useDora": st.booleans(),
+    "fp8Base": st.just(False),
     "useRslora": st.booleans(),
     "initLoraWeights": st.sampled_from([None, "gaussian"]),
     "lrScheduler": st.sampled_from(["constant", "linear", "cosine", "polynomial"]),

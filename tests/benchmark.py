@@ -1,0 +1,271 @@
+"""What a step costs, counted and timed, ours beside diffusers' own script where that is given.
+
+    python tests/benchmark.py                       everything that needs no peer
+    python tests/benchmark.py time --peer train_text_to_image_lora.py
+    python tests/benchmark.py operations saved fp8 growth
+
+Stable Diffusion 1.4's exact architecture with random weights is made in a temporary folder
+(4 GB). It runs on CUDA where there is one, else on the CPU, and prints one table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+import world
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import quest_7_2 as quest
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = "fp16" if DEVICE.type == "cuda" else "bf16"  # what the device is fast in
+ROWS = []
+
+
+def row(what: str, ours, peer="") -> None:
+    ROWS.append((what, str(ours), str(peer)))
+    print(f"| {what} | {ours} | {peer} |", flush=True)
+
+
+def make_sd14(folder: Path) -> None:
+    """Stable Diffusion 1.4's parts with random weights, float32."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer().train_new_from_iterator(map(world.describe, world.THINGS), 600)
+    tokenizer.model_max_length = 77
+    text = CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, projection_dim=768,
+        num_hidden_layers=12, num_attention_heads=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    parts = (vae, CLIPTextModel(text), tokenizer, unet, scheduler)
+    options = {"safety_checker": None, "feature_extractor": None}
+    pipe = StableDiffusionPipeline(*parts, **options, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+
+
+def make_pictures(folder: Path, count: int, side: int, captions: bool = False) -> Path:
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    for i in range(count):
+        picture = world.draw(rng.choice(world.THINGS), rng).resize((side, side))
+        picture.save(folder / f"{i:05}.png", compress_level=1)
+    if captions:
+        lines = [
+            {"file_name": f"{i:05}.png", "text": quest.Config.train_prompt} for i in range(count)
+        ]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def fake_run(config: quest.Config, folder: Path, dtype: torch.dtype, side: int) -> quest.Run:
+    """A `Run` with random latents in place of encoded pictures."""
+    width = UNet2DConditionModel.load_config(folder / "unet")["cross_attention_dim"]
+    moments = torch.randn(4, 2, 2, 4, side, side).half().abs()
+    embeds = torch.randn(1, 77, width)
+    scheduler = quest.DDPMScheduler.from_pretrained(folder / "scheduler")
+    return quest.Run(
+        config, folder, DEVICE, dtype, scheduler, embeds, [0] * 4, embeds.repeat(2, 1, 1), moments
+    )
+
+
+def one_loss(run: quest.Run, unet) -> torch.Tensor:
+    batch = torch.utils.data.default_collate([quest.draw(run, 0)])
+    batch = {key: value.to(DEVICE) for key, value in batch.items()}
+    with run.autocast():
+        return quest.compute_loss(unet, run.noise_scheduler, batch)
+
+
+def operations(sd14: Path, args) -> None:
+    for side in (32, 64):
+        run = fake_run(quest.Config(), sd14, torch.float32, side)
+        unet = quest.load_unet(run).train()
+        with FlopCounterMode(display=False) as counter:
+            one_loss(run, unet).backward()
+        row(
+            f"operations of a micro-step, {side * 8}²",
+            f"{counter.get_total_flops() / 1e9:.0f} GFLOP",
+        )
+
+
+def saved(sd14: Path, args) -> None:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[HALF]
+    for side in (32, 64):
+        for checkpointing in (False, True):
+            config = quest.Config(gradient_checkpointing=checkpointing)
+            run = fake_run(config, sd14, dtype, side)
+            unet = quest.load_unet(run).train()
+            known = {t.untyped_storage().data_ptr() for t in [*unet.parameters(), *unet.buffers()]}
+            storages = {}
+
+            def pack(tensor, known=known, storages=storages):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+                return tensor
+
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with hooks, quest.disable_input_dtype_casting(unet, True):
+                one_loss(run, unet)
+            total = sum(size for size, _ in storages.values())
+            how = ", gradient checkpointing" if checkpointing else ""
+            row(f"saved for backward, {side * 8}², {HALF}{how}", f"{total / 1e6:.0f} MB")
+
+
+def fp8(sd14: Path, args) -> None:
+    for name, folder, side in [
+        ("SD 1.4, random", sd14, 32),
+        ("miniature", ROOT / "tests/miniature", 16),
+    ]:
+        found = []
+        for narrow in (False, True):
+            config = quest.Config(fp8_base=narrow, lora_dropout=0.0)
+            run = fake_run(config, folder, torch.float32, side)
+            unet = quest.load_unet(run).eval()
+            torch.manual_seed(1)
+            lora = [p for p in unet.parameters() if p.requires_grad]
+            for parameter in lora:
+                torch.nn.init.normal_(parameter, std=0.02)
+            outputs = []
+            hook = unet.get_base_model().register_forward_hook(
+                lambda module, inputs, output, outputs=outputs: outputs.append(output[0].detach())
+            )
+            gradients = torch.autograd.grad(one_loss(run, unet), lora)
+            hook.remove()
+            found.append((outputs[0], torch.cat([g.flatten() for g in gradients])))
+        errors = [(a - b).norm() / b.norm() for a, b in zip(found[1], found[0], strict=True)]
+        row(f"--fp8-base, relative error of output, of LoRA gradients ({name})",
+            f"{errors[0]:.1%}, {errors[1]:.1%}")  # fmt: skip
+    losses = []
+    for words in ([], ["--fp8-base"]):
+        with tempfile.TemporaryDirectory() as temporary:
+            words = [*words, "--dataset-dir", ROOT / "tests/palette", "--resolution", 64]
+            words += ["--model-id", ROOT / "tests/miniature", "--train-batch-size", 12]
+            words += ["--learning-rate", 2e-3, "--num-train-epochs", 100, "--preview-images", 0]
+            losses.append(ours(words, Path(temporary) / "seal")["losses"])
+    last = [sum(run[-20:]) / 20 for run in losses]
+    row("mean loss of the last 20 of 100 updates, miniature: without, with --fp8-base",
+        f"{last[0]:.4f}, {last[1]:.4f}")  # fmt: skip
+
+
+def measure(command: list) -> dict:
+    """Wall seconds and peak resident MiB of a command (its whole process tree's largest)."""
+    started = time.monotonic()
+    shell = "import resource,subprocess,sys; c=subprocess.run(sys.argv[1:]).returncode; "
+    shell += "print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(c)"
+    command = [sys.executable, "-c", shell, *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    peak = int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1024
+    return {"seconds": time.monotonic() - started, "peak": peak}
+
+
+def ours(words: list, output_dir: Path) -> dict:
+    command = [sys.executable, ROOT / "quest_7_2.py", *words, "--output-dir", output_dir]
+    found = measure(command)
+    log = quest.read_log(output_dir / "loss.csv", 10**9)
+    return found | {"losses": [float(r[2]) for r in log], "speed": [float(r[5]) for r in log]}
+
+
+def time_steps(sd14: Path, args) -> None:
+    """Seconds a micro-step: the difference of a long and a short run, so that starts cancel out."""
+    short, long = 1, args.updates
+    with tempfile.TemporaryDirectory() as temporary:
+        pictures = make_pictures(Path(temporary) / "pictures", 8, 512, captions=True)
+        results = {}
+        for name in args.precisions:
+            size = ["--resolution", args.resolution, "--mixed-precision", name]
+            common = ["--dataset-dir", pictures, "--model-id", sd14, "--preview-images", 0]
+            peer = ["--pretrained_model_name_or_path", sd14, "--train_data_dir", pictures]
+            peer += ["--random_flip", "--rank", 16, "--gradient_accumulation_steps", 4]
+            peer += ["--train_batch_size", 1, "--resolution", args.resolution]
+            peer += ["--mixed_precision", name, "--report_to", args.report_to]
+            for steps in (short, long):
+                found = ours([*common, *size, "--max-train-steps", steps], Path(temporary) / "seal")
+                results["ours", name, steps] = found
+                if args.peer:
+                    last = ["--max_train_steps", steps, "--output_dir", Path(temporary) / "peer"]
+                    found = measure([sys.executable, args.peer, *peer, *last])
+                    results["peer", name, steps] = found
+        for name in args.precisions:
+            cells = {
+                "seconds a micro-step": [],
+                "peak memory of the process": [],
+                "to update 1": [],
+            }
+            for who in ("ours", "peer") if args.peer else ("ours",):
+                one, many = results[who, name, short], results[who, name, long]
+                step = (many["seconds"] - one["seconds"]) / (long - short) / 4
+                cells["seconds a micro-step"].append(f"{step:.2f} s")
+                cells["peak memory of the process"].append(f"{many['peak']:.0f} MiB")
+                cells["to update 1"].append(f"{one['seconds']:.0f} s")
+            row(f"{name}, {args.resolution}²: seconds a micro-step", *cells["seconds a micro-step"])
+            row(f"{name}: peak host memory", *cells["peak memory of the process"])
+            row(f"{name}: a whole run of one update", *cells["to update 1"])
+
+
+def growth(sd14: Path, args) -> None:
+    for count in (10, 1000, 10_000):
+        with tempfile.TemporaryDirectory() as temporary:
+            pictures = make_pictures(Path(temporary) / "pictures", count, 64)
+            words = ["--dataset-dir", pictures, "--model-id", ROOT / "tests/miniature"]
+            words += ["--resolution", 64, "--max-train-steps", 50, "--preview-images", 0]
+            found = ours(words, Path(temporary) / "seal")
+        row(f"{count} pictures of 64²: whole run of 50 updates", f"{found['seconds']:.0f} s")
+        row(f"{count} pictures: pictures per second in training", f"{found['speed'][-1]:.1f}")
+        row(f"{count} pictures: peak host memory", f"{found['peak']:.0f} MiB")
+    run = fake_run(quest.Config(), sd14, torch.float32, 32)
+    row("cached latents of a picture at 256²", f"{run.moments[0].nbytes / 1000:.1f} KB")
+
+
+def main() -> None:
+    sections = {
+        "operations": operations, "saved": saved, "fp8": fp8, "time": time_steps, "growth": growth
+    }  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", default=list(sections), help=", ".join(sections))
+    parser.add_argument("--peer", help="diffusers' train_text_to_image_lora.py")
+    parser.add_argument("--report-to", default="tensorboard", help="the peer's --report_to")
+    parser.add_argument("--model", type=Path, help="SD 1.4's architecture, if made before")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--updates", type=int, default=4, help="of the longer timed run")
+    parser.add_argument("--precisions", nargs="*", default=["no", HALF])
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or "CPU"
+    print(
+        f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    print("| what | ours | diffusers' script |\n| --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as temporary:
+        sd14 = args.model or Path(temporary) / "sd14"
+        if not sd14.exists():
+            make_sd14(sd14)
+        for section in args.sections:
+            sections[section](sd14, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Operations and bytes that can be counted without a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import load_file
+from test_training import prepared, train
+from torch.utils.flop_counter import FlopCounterMode
+
+import quest_7_2 as quest
+
+SD14 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+}
+
+
+@pytest.mark.parametrize("side, limit", [(32, 365e9), (64, None)])
+def test_operations_of_a_step_on_stable_diffusion_1(side, limit):
+    """On the meta device, which computes shapes only: 860 million weights without their memory.
+
+    The UNet's own forward and backward is what a plain UNet does when only the gradient by its
+    activations is asked for; LoRA's matrices may add 2 % to that.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD14).requires_grad_(False)
+        batch = {
+            "latents": torch.randn(1, 4, side, side),
+            "noise": torch.randn(1, 4, side, side),
+            "timesteps": torch.zeros(1, dtype=torch.long),
+            "prompt_embeds": torch.randn(1, 77, 768),
+        }
+
+    class Schedule:  # the real one looks its numbers up, which meta tensors have not
+        config = DDPMScheduler().config
+
+        def add_noise(self, latents, noise, timesteps):
+            return latents + noise
+
+    latents = batch["latents"].clone().requires_grad_()
+    with FlopCounterMode(display=False) as own:
+        sample = unet(latents, batch["timesteps"], encoder_hidden_states=batch["prompt_embeds"])[0]
+        sample.sum().backward()
+    config = quest.LoraConfig(
+        r=16, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"]
+    )
+    with torch.device("meta"):
+        unet = get_peft_model(unet, config).train()
+    with FlopCounterMode(display=False) as step:
+        quest.compute_loss(unet, Schedule(), batch).backward()
+    own, step = own.get_total_flops(), step.get_total_flops()
+    print(f"{side * 8}²: a plain UNet {own / 1e9:.1f}, a step {step / 1e9:.1f} GFLOP")
+    assert step <= 1.02 * own
+    if limit:
+        assert step <= 1.02 * limit
+
+
+def wide_weights(unet) -> int:
+    tensors = [*unet.parameters(), *unet.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fp8_base_trains(precision, checkpointing, config):
+    options = {"mixed_precision": precision, "gradient_checkpointing": checkpointing}
+    wanted = config(fp8_base=True, preview_images=1, num_train_epochs=4, **options)
+    adapter = train(wanted)
+    assert all(weight.dtype == torch.float32 for weight in adapter.values())
+    assert any(adapter[key].abs().max() > 0.01 for key in adapter if "lora_B" in key)
+    losses = [quest.read_log(Path(wanted.output_dir) / "loss.csv", 99)[-1][2]]
+    train(config(fp8_base=False, num_train_epochs=4, **options))
+    losses.append(quest.read_log(Path(wanted.output_dir) / "loss.csv", 99)[-1][2])
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.05)
+    assert losses[0] != losses[1]
+
+
+def test_fp8_numbers(config):
+    """Each weight to 4 bits: e4m3 has three after the leading one, so 1/16 of it is lost at most."""
+    run = prepared(config(lora_dropout=0.0))
+    plain, narrow = quest.load_unet(run).eval(), quest.load_unet(run).eval()
+    for unet in (plain, narrow):
+        torch.manual_seed(1)
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+    quest.narrow_weights(narrow)
+    for one, other in zip(plain.modules(), narrow.modules(), strict=True):
+        if hasattr(other, "weight8"):
+            assert other.weight8.dtype == torch.float8_e4m3fn
+            wide = other.weight8.float() * other.scale
+            largest = one.weight.flatten(1).abs().amax(1).view_as(other.scale)
+            assert ((wide - one.weight).abs() <= one.weight.abs() / 16 + largest / 448 / 8).all()
+    adapted = [m for m in narrow.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    assert all(hasattr(m, "weight8") or m.weight.requires_grad for m in adapted)
+
+    # Its gradients are those of a UNet that has the rounded weights as they are.
+    rounded = quest.load_unet(run).eval()
+    rounded.load_state_dict(plain.state_dict())
+    for one, other in zip(rounded.modules(), narrow.modules(), strict=True):
+        if hasattr(other, "weight8"):
+            one.weight.data = other.weight8.float() * other.scale
+    batch = torch.utils.data.default_collate([quest.draw(run, i) for i in range(2)])
+    gradients = []
+    for unet in (narrow, rounded, plain):
+        loss = quest.compute_loss(unet, run.noise_scheduler, batch)
+        lora = [p for p in unet.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, lora)
+        gradients.append(torch.cat([g.flatten() for g in found]))
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert error < 1e-5
+    assert 1e-3 < (gradients[0] - gradients[2]).norm() / gradients[2].norm() < 0.3
+
+
+def test_fp8_keeps_no_wide_weight(config):
+    """What is saved for the backward pass: the 8-bit weights, never a widened one."""
+    run = prepared(config(fp8_base=True, lora_dropout=0.0))
+    unet = quest.load_unet(run)
+    layers = [m for m in unet.modules() if hasattr(m, "weight8")]
+    batch = torch.utils.data.default_collate([quest.draw(run, 0)])
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        quest.compute_loss(unet, run.noise_scheduler, batch)
+    for layer in (layer for layer in layers if layer.weight8.ndim == 2):
+        wide = layer.weight8.float() * layer.scale
+        alike = [
+            t for t in saved if t.shape in (wide.shape, wide.T.shape) and t.is_floating_point()
+        ]
+        assert not any(torch.allclose(t.float(), w) for t in alike for w in (wide, wide.T)
+                       if t.shape == w.shape and t.dtype != torch.float8_e4m3fn)  # fmt: skip
+    assert any(t.dtype == torch.float8_e4m3fn for t in saved)
+
+
+def test_fp8_halves_the_resident_bytes():
+    """Stable Diffusion 1.4's architecture on the meta device, against its fp16 bytes."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD14).to(torch.float16).requires_grad_(False)
+        before = wide_weights(unet)
+        quest.narrow_weights(unet)
+    share = wide_weights(unet) / before
+    print(f"{share:.3f} of fp16's {before / 2**20:.0f} MiB")
+    assert share <= 0.55
+
+
+def test_saved_files_of_an_fp8_run_are_plain(config):
+    wanted = config(fp8_base=True)
+    train(wanted)
+    for name in ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"]:
+        tensors = load_file(Path(wanted.output_dir) / name)
+        assert all(t.dtype == torch.float32 for t in tensors.values())
+
+
+def test_lora_inputs_are_not_widened(config):
+    """PEFT's cast to float32 would keep every LoRA input twice as wide for the backward pass."""
+    run = prepared(config(lora_dropout=0.0), torch.bfloat16)
+    unet = quest.load_unet(run).train()
+    batch = torch.utils.data.default_collate([quest.draw(run, 0)])
+
+    def saved_bytes(without_casts: bool) -> int:
+        seen = {}
+
+        def pack(tensor):
+            seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, disable_input_dtype_casting(unet, without_casts), run.autocast():
+            quest.compute_loss(unet, run.noise_scheduler, batch)
+        return sum(seen.values())
+
+    assert saved_bytes(True) < saved_bytes(False)
