@@ -1092,9 +1092,10 @@ def ticks(low: float, high: float) -> list[float]:
 def draw_loss(rows: list[list[str]]) -> bytes:
     """A PNG of the loss of each update (dots) and its running mean (line) from loss.csv's rows."""
     steps, losses = [int(row[0]) for row in rows], [float(row[2]) for row in rows]
-    smooth, weight = [], min(0.98, 1 - 1 / (1 + len(rows) / 20))
+    smooth, total, norm, decay = [], 0.0, 0.0, min(0.98, 1 - 1 / (1 + len(rows) / 20))
     for loss in losses:
-        smooth.append(weight * (smooth[-1] if smooth else loss) + (1 - weight) * loss)
+        total, norm = decay * total + loss, decay * norm + 1
+        smooth.append(total / norm)
     # The axis holds nearly all dots; a rare high one is drawn at the top edge.
     high = sorted(losses)[int(0.98 * (len(losses) - 1))] * 1.15
     image, font = Image.new("RGB", (800, 420), "white"), ImageFont.load_default(14)
@@ -1108,7 +1109,7 @@ def draw_loss(rows: list[list[str]]) -> bytes:
         _, y = place(steps[0], loss)
         pen.line([(left, y), (right, y)], "#dddddd")
         pen.text((left - 8, y), f"{loss:g}", "black", font, "rm")
-    for step in ticks(steps[0], steps[-1]):
+    for step in filter(float.is_integer, map(float, ticks(steps[0], steps[-1]))):
         pen.text((place(step, 0)[0], bottom + 14), f"{step:g}", "black", font, "mm")
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")
     for x, y in map(place, steps, losses):

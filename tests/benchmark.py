@@ -82,6 +82,7 @@ def make_pictures(folder: Path, count: int, side: int, captions: bool = False) -
 
 def fake_run(config: quest.Config, folder: Path, dtype: torch.dtype, side: int) -> quest.Run:
     """A `Run` with random latents in place of encoded pictures."""
+    torch.manual_seed(0)
     width = UNet2DConditionModel.load_config(folder / "unet")["cross_attention_dim"]
     moments = torch.randn(4, 2, 2, 4, side, side).half().abs()
     embeds = torch.randn(1, 77, width)
@@ -131,7 +132,7 @@ def saved(sd14: Path, args) -> None:
                 one_loss(run, unet)
             total = sum(size for size, _ in storages.values())
             how = ", gradient checkpointing" if checkpointing else ""
-            row(f"saved for backward, {side * 8}², {HALF}{how}", f"{total / 1e6:.0f} MB")
+            row(f"saved for backward, {side * 8}², {HALF}{how}", f"{total / 2**20:.1f} MiB")
 
 
 def fp8(sd14: Path, args) -> None:

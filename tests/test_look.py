@@ -222,7 +222,7 @@ def test_the_console_tells_the_story(config):
     assert done.returncode == 0
     lines = done.stderr.splitlines()
     assert "3 pictures, 64×64 pixels" in lines[1]
-    assert "2,752 LoRA weights at strength 8/4 = 2 for 2 updates" in done.stderr
+    assert "2,752 LoRA weights at strength 8/4 = 2, 2 updates" in done.stderr
     assert "in float32 on CPU" in done.stderr
     assert wanted.train_prompt not in done.stderr
     assert len(lines) <= 6 and "\r" not in done.stderr  # no bars where nobody looks
