@@ -1160,6 +1160,7 @@ def write_card(run: Run, progress: dict) -> str:
     }
     facts = "".join(f"\n| {name} | {fact} |" for name, fact in facts.items())
     previews = "![Without and with the seal](preview.png)\n" if has_preview else ""
+    curve = "![Loss](loss.png)" if (Path(config.output_dir) / "loss.png").exists() else ""
     return str(
         ModelCard(
             f"""---
@@ -1174,7 +1175,7 @@ into your prompt:
 > {trigger}
 
 {previews}
-![Loss](loss.png)
+{curve}
 
 ## Use it
 {dora}
@@ -1508,7 +1509,8 @@ def publish(run: Run, unet: PeftModel, progress: dict) -> None:
         write_previews(run, unet, output_dir / "preview.png", last=True)
     log = read_log(unfinished / "loss.csv", progress["step"])
     append_log(output_dir / "loss.csv", log)
-    write_whole(output_dir / "loss.png", draw_loss(log))
+    if log:  # none are left if someone took the unfinished run's loss.csv away
+        write_whole(output_dir / "loss.png", draw_loss(log))
     write_whole(output_dir / "README.md", write_card(run, progress).encode())
 
 

@@ -34,11 +34,9 @@ import quest_7_2 as quest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = "fp16" if DEVICE.type == "cuda" else "bf16"  # what the device is fast in
-ROWS = []
 
 
 def row(what: str, ours, peer="") -> None:
-    ROWS.append((what, str(ours), str(peer)))
     print(f"| {what} | {ours} | {peer} |", flush=True)
 
 

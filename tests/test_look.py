@@ -146,6 +146,18 @@ def test_loss_csv_is_exact_across_resume(config, interrupt):  # noqa: F811
         }
 
 
+def test_a_lost_loss_csv_costs_the_curve_only(config, interrupt):  # noqa: F811
+    """Interrupted in the very last update, its log taken away: the seal is finished all the same."""
+    wanted = config()
+    interrupt(6)
+    assert quest.main(wanted) == 130
+    interrupt(None)
+    quest.checkpoint_file(wanted).with_name("loss.csv").unlink()
+    assert quest.main(replace(wanted, resume=True)) == 0
+    assert not (Path(wanted.output_dir) / "loss.png").exists()
+    assert "loss.png" not in (Path(wanted.output_dir) / "README.md").read_text()
+
+
 def test_loss_png_shows_the_numbers():
     """A curve that falls from 1 to 0.2: its line is high at the left and low at the right."""
     rows = [[str(i), "1", str(0.2 + 0.8 * np.exp(-i / 50)), "", "", "", ""] for i in range(1, 301)]
