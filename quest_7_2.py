@@ -612,6 +612,14 @@ def load_part(cls, folder: Path, part: str, **options):
     return model.eval().requires_grad_(False)
 
 
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype, variant) -> AutoencoderKL:
+    vae = load_part(AutoencoderKL, folder, "vae", dtype=dtype, variant=variant)
+    # With channels last, a CPU's bf16 convolutions take a third of the time.
+    is_bf16_on_cpu = device.type == "cpu" and dtype is torch.bfloat16
+    layout = torch.channels_last if is_bf16_on_cpu else torch.preserve_format
+    return vae.to(device, memory_format=layout)
+
+
 @torch.no_grad()
 def embed_prompts(
     folder: Path, prompts: dict[str, str], device: torch.device, variant: str | None
@@ -649,10 +657,12 @@ def encode_pictures(
     (pictures, 2 orientations, 2, 4, R/8, R/8) float16 on the CPU: 32 KiB a picture at 256², good
     to 11 bits. Raises Trouble where `dtype` is too narrow for this VAE.
     """
-    vae = load_part(AutoencoderKL, folder, "vae", dtype=dtype, variant=variant).to(device)
+    vae = load_vae(folder, device, dtype, variant)
     # Pictures are read and resized by workers while the VAE is at the ones before.
     side = dataset[0]["pixel_values"].shape[-1]
     batch_size = min(16, max(1, 512**2 // side**2))
+    # A GPU wants large batches; a CPU is faster with tensors that stay in its cache.
+    at_once = 2 * batch_size if device.type == "cuda" else max(1, 256**2 // side**2)
     workers = min(4, os.cpu_count() or 1) if len(dataset) > 32 else 0
     pictures = DataLoader(
         dataset, batch_size, num_workers=workers, worker_init_fn=ignore_interrupts
@@ -660,10 +670,10 @@ def encode_pictures(
     moments, done = None, 0
     bar = tqdm(total=len(dataset), desc="encoding pictures", unit="picture", disable=None)
     for batch in pictures:
-        pixel_values = batch["pixel_values"].to(device, dtype)
-        posterior = vae.encode(pixel_values.flatten(0, 1)).latent_dist
-        both = torch.stack([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor
-        both = both.unflatten(0, (-1, 2)).half().cpu()
+        pixel_values = batch["pixel_values"].to(device, dtype).flatten(0, 1)
+        posteriors = [vae.encode(x).latent_dist for x in pixel_values.split(at_once)]
+        both = torch.cat([torch.stack([p.mean, p.std], 1) for p in posteriors]).float()
+        both = (both * vae.config.scaling_factor).unflatten(0, (-1, 2)).half().cpu()
         if moments is None:
             moments = torch.empty(len(dataset), *both.shape[1:], dtype=torch.float16)
         moments[done : done + len(both)] = both
@@ -720,53 +730,81 @@ def prepare(
     )
 
 
-class Widened(torch.autograd.Function):
-    """x → Linear or Conv2d of x by a frozen weight that is wide only while it is used.
+class Frozen(torch.autograd.Function):
+    """x → Linear or Conv2d of x by a weight that is never trained.
 
-    Left to itself, autograd would keep the widened weight of every layer for the backward pass.
+    Left to itself, autograd keeps what only the weight's gradient would need, a convolution's
+    input, and keeps of an 8-bit weight the widened copy. Here it keeps the weight as it lies.
     """
 
     @staticmethod
-    def forward(ctx, x, weight8, scale, bias, conv):
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        ctx.save_for_backward(weight8, scale)
+    def forward(ctx, x, weight, scale, bias, conv):
+        ctx.save_for_backward(weight, scale)
         ctx.conv, ctx.shape = conv, x.shape
-        weight = weight8.to(dtype) * scale.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        return F.conv2d(x, weight, bias, **conv) if conv else F.linear(x, weight, bias)
+        if scale is not None:
+            device = x.device.type
+            autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+            weight = weight.to(dtype) * scale.to(dtype)
+        if conv is None:
+            return F.linear(x, weight, bias)
+        if not wants_matmul(x):
+            return F.conv2d(x, weight, bias, **conv)
+        y = weight.flatten(1) @ F.unfold(x, weight.shape[2:], **conv)
+        y = y if bias is None else y + bias[:, None]
+        height = (x.shape[2] + 2 * conv["padding"][0] - weight.shape[2]) // conv["stride"][0] + 1
+        return y.unflatten(2, (height, -1))
 
     @staticmethod
     def backward(ctx, grad):
-        weight8, scale = ctx.saved_tensors
-        weight = weight8.to(grad.dtype) * scale.to(grad.dtype)
-        if ctx.conv:
-            grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, **ctx.conv)
-        else:
+        (weight, scale), conv = ctx.saved_tensors, ctx.conv
+        if scale is not None:
+            weight = weight.to(grad.dtype) * scale.to(grad.dtype)
+        if conv is None:
             grad = grad @ weight
+        elif not wants_matmul(grad):
+            grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, **conv)
+        else:
+            columns = (grad.flatten(2).mT @ weight.flatten(1)).mT
+            grad = F.fold(columns, ctx.shape[2:], weight.shape[2:], **conv)
         return grad, None, None, None, None
 
 
-def narrow_weights(unet: torch.nn.Module) -> None:
-    """Keep frozen Linear and Conv2d weights as float8_e4m3fn with a scale per output channel."""
+def wants_matmul(pixels: torch.Tensor) -> bool:
+    """Whether a convolution of (n, channels, h, w) is better written out as a matrix product.
+
+    oneDNN, PyTorch's convolution on the CPU, lays out the weights anew at every call. In the
+    deepest layers, few pixels and many weights, that costs two to five times the product itself.
+    """
+    return pixels.device.type == "cpu" and pixels[:, 0].numel() <= 64
+
+
+def frozen_forward(layer: torch.nn.Linear | torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    is_conv = isinstance(layer, torch.nn.Conv2d)
+    conv = {"stride": layer.stride, "padding": layer.padding} if is_conv else None
+    narrow = hasattr(layer, "weight8")
+    weight, scale = (layer.weight8, layer.scale) if narrow else (layer.weight, None)
+    return Frozen.apply(x, weight, scale, layer.bias, conv)
+
+
+def slim_frozen_layers(unet: torch.nn.Module, fp8: bool) -> None:
+    """Let frozen Linear and Conv2d layers keep nothing for the backward pass but their weights;
+    with `fp8`, those as float8_e4m3fn with a float scale per output channel."""
     for layer in unet.modules():
         is_conv = isinstance(layer, torch.nn.Conv2d)
         if not (is_conv or isinstance(layer, torch.nn.Linear)) or layer.weight.requires_grad:
             continue
-        weight = layer.weight.detach()
-        largest = weight.float().flatten(1).abs().amax(1).clamp(min=1e-6)
-        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).view(-1, *[1] * (weight.ndim - 1))
-        layer.weight8 = torch.nn.Buffer((weight.float() / scale).to(torch.float8_e4m3fn))
-        layer.scale = torch.nn.Buffer(scale)
-        # PEFT and diffusers ask a layer's weight for its device and dtype.
-        layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
-        conv = {"stride": layer.stride, "padding": layer.padding} if is_conv else None
-        layer.forward = partial(widened_forward, layer, conv)
-
-
-def widened_forward(layer, conv, x: torch.Tensor) -> torch.Tensor:
-    return Widened.apply(x, layer.weight8, layer.scale, layer.bias, conv)
+        if fp8:
+            weight = layer.weight.detach()
+            largest = weight.float().flatten(1).abs().amax(1).clamp(min=1e-6)
+            scale = largest / torch.finfo(torch.float8_e4m3fn).max
+            scale = scale.view(-1, *[1] * (weight.ndim - 1))
+            layer.weight8 = torch.nn.Buffer((weight.float() / scale).to(torch.float8_e4m3fn))
+            layer.scale = torch.nn.Buffer(scale)
+            # PEFT and diffusers ask a layer's weight for its device and dtype.
+            layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+        if is_conv or fp8:  # PyTorch's own Linear keeps no input for a frozen weight
+            layer.forward = partial(frozen_forward, layer)
 
 
 def load_unet(run: Run) -> PeftModel:
@@ -786,8 +824,7 @@ def load_unet(run: Run) -> PeftModel:
     # Made on the CPU, so that the first weights are the same on every device.
     torch.manual_seed(config.seed)
     unet = get_peft_model(unet, lora_config)
-    if config.fp8_base:
-        narrow_weights(unet)
+    slim_frozen_layers(unet, config.fp8_base)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.to(run.device)
@@ -1052,8 +1089,7 @@ def write_previews(run: Run, unet, file: Path, last: bool = False) -> None:
         device, dtype = (run.device, run.dtype) if last else (torch.device("cpu"), torch.float32)
         if last:
             unet.to("cpu")
-        options = {"dtype": dtype, "variant": run.config.variant}
-        vae = load_part(AutoencoderKL, run.folder, "vae", **options).to(device)
+        vae = load_vae(run.folder, device, dtype, run.config.variant)
         latents = (latents / vae.config.scaling_factor).to(device, dtype)
         decoded = [[vae.decode(x[None]).sample.float().cpu() for x in row] for row in latents]
         to_images = VaeImageProcessor().postprocess

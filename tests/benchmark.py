@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np
 import torch
 import world
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -169,61 +170,90 @@ def fp8(sd14: Path, args) -> None:
         f"{last[0]:.4f}, {last[1]:.4f}")  # fmt: skip
 
 
+# Runs a script and prints when each update was done, in seconds from the start of the process.
+WATCHED = """
+import sys, time
+began = time.time()
+import os, runpy, torch
+made = torch.optim.AdamW.__init__
+def done(*_):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    print("UPDATE", time.time() - began, flush=True)
+def init(self, *args, **options):
+    made(self, *args, **options)
+    self.register_step_post_hook(done)
+torch.optim.AdamW.__init__ = init
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    if torch.cuda.is_available():
+        print("GPU", torch.cuda.max_memory_allocated())
+    import resource
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
 def measure(command: list) -> dict:
-    """Wall seconds and peak resident MiB of a command (its whole process tree's largest)."""
+    """A script's run: seconds in all, seconds to each update, peak MiB of the host and the GPU."""
     started = time.monotonic()
-    shell = "import resource,subprocess,sys; c=subprocess.run(sys.argv[1:]).returncode; "
-    shell += "print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(c)"
-    command = [sys.executable, "-c", shell, *map(str, command)]
+    command = [sys.executable, "-c", WATCHED, *map(str, command)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    peak = int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1024
-    return {"seconds": time.monotonic() - started, "peak": peak}
+    gpu = re.search(r"GPU (\d+)", done.stdout)
+    return {
+        "seconds": time.monotonic() - started,
+        "updates": [float(at) for at in re.findall(r"UPDATE (\S+)", done.stdout)],
+        "peak": int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1024,
+        "gpu": int(gpu[1]) / 2**20 if gpu else None,
+    }
 
 
 def ours(words: list, output_dir: Path) -> dict:
-    command = [sys.executable, ROOT / "quest_7_2.py", *words, "--output-dir", output_dir]
-    found = measure(command)
+    found = measure([ROOT / "quest_7_2.py", *words, "--output-dir", output_dir])
     log = quest.read_log(output_dir / "loss.csv", 10**9)
     return found | {"losses": [float(r[2]) for r in log], "speed": [float(r[5]) for r in log]}
 
 
 def time_steps(sd14: Path, args) -> None:
-    """Seconds a micro-step: the difference of a long and a short run, so that starts cancel out."""
-    short, long = 1, args.updates
+    """Ours and the peer in turn, `args.rounds` times; medians over all rounds."""
+    accumulation = 4
     with tempfile.TemporaryDirectory() as temporary:
         pictures = make_pictures(Path(temporary) / "pictures", 8, 512, captions=True)
-        results = {}
+        runs = {}
+        for name in args.precisions * args.rounds:
+            size = ["--resolution", args.resolution]
+            words = ["--dataset-dir", pictures, "--model-id", sd14, "--preview-images", 0]
+            words += [*size, "--mixed-precision", name, "--max-train-steps", args.updates]
+            runs.setdefault((name, "ours"), []).append(ours(words, Path(temporary) / "seal"))
+            if args.peer:
+                peer = ["--pretrained_model_name_or_path", sd14, "--train_data_dir", pictures]
+                peer += ["--random_flip", "--rank", 16, "--train_batch_size", 1, *size]
+                peer += ["--gradient_accumulation_steps", accumulation, "--report_to"]
+                peer += [args.report_to, "--mixed_precision", name, "--max_train_steps"]
+                peer += [args.updates, "--output_dir", Path(temporary) / "peer"]
+                runs.setdefault((name, "peer"), []).append(measure([args.peer, *peer]))
+        whose = ("ours", "peer") if args.peer else ("ours",)
         for name in args.precisions:
-            size = ["--resolution", args.resolution, "--mixed-precision", name]
-            common = ["--dataset-dir", pictures, "--model-id", sd14, "--preview-images", 0]
-            peer = ["--pretrained_model_name_or_path", sd14, "--train_data_dir", pictures]
-            peer += ["--random_flip", "--rank", 16, "--gradient_accumulation_steps", 4]
-            peer += ["--train_batch_size", 1, "--resolution", args.resolution]
-            peer += ["--mixed_precision", name, "--report_to", args.report_to]
-            for steps in (short, long):
-                found = ours([*common, *size, "--max-train-steps", steps], Path(temporary) / "seal")
-                results["ours", name, steps] = found
-                if args.peer:
-                    last = ["--max_train_steps", steps, "--output_dir", Path(temporary) / "peer"]
-                    found = measure([sys.executable, args.peer, *peer, *last])
-                    results["peer", name, steps] = found
-        for name in args.precisions:
-            cells = {
-                "seconds a micro-step": [],
-                "peak memory of the process": [],
-                "to update 1": [],
-            }
-            for who in ("ours", "peer") if args.peer else ("ours",):
-                one, many = results[who, name, short], results[who, name, long]
-                step = (many["seconds"] - one["seconds"]) / (long - short) / 4
-                cells["seconds a micro-step"].append(f"{step:.2f} s")
-                cells["peak memory of the process"].append(f"{many['peak']:.0f} MiB")
-                cells["to update 1"].append(f"{one['seconds']:.0f} s")
-            row(f"{name}, {args.resolution}²: seconds a micro-step", *cells["seconds a micro-step"])
-            row(f"{name}: peak host memory", *cells["peak memory of the process"])
-            row(f"{name}: a whole run of one update", *cells["to update 1"])
+            for what, unit, digits, value in [
+                (
+                    "seconds a micro-step",
+                    "s",
+                    3,
+                    lambda run: np.diff(run["updates"]) / accumulation,
+                ),
+                ("from the command to the first update", "s", 1, lambda run: run["updates"][:1]),
+                ("peak host memory", "MiB", 0, lambda run: [run["peak"]]),
+                ("peak GPU memory", "MiB", 0, lambda run: [run["gpu"]]),
+            ]:
+                found = {who: np.concatenate([value(r) for r in runs[name, who]]) for who in whose}
+                if found["ours"][0] is None:
+                    continue
+                cells = [f"{np.median(each):.{digits}f} {unit}" for each in found.values()]
+                row(f"{name}, {args.resolution}²: {what}", *cells)
 
 
 def growth(sd14: Path, args) -> None:
@@ -250,7 +280,8 @@ def main() -> None:
     parser.add_argument("--report-to", default="tensorboard", help="the peer's --report_to")
     parser.add_argument("--model", type=Path, help="SD 1.4's architecture, if made before")
     parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--updates", type=int, default=4, help="of the longer timed run")
+    parser.add_argument("--updates", type=int, default=4, help="in each timed run")
+    parser.add_argument("--rounds", type=int, default=3, help="of timed runs")
     parser.add_argument("--precisions", nargs="*", default=["no", HALF])
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or "CPU"

@@ -61,6 +61,81 @@ def test_operations_of_a_step_on_stable_diffusion_1(side, limit):
         assert step <= 1.02 * limit
 
 
+def saved_for_backward(unet, forward) -> int:
+    """Bytes of all storages kept for the backward pass that are not weights."""
+    weights = {t.untyped_storage().data_ptr() for t in [*unet.parameters(), *unet.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(
+    "side, checkpointing, limit", [(32, False, 260e6), (32, True, 36e6), (64, True, 143e6)]
+)
+def test_saved_for_backward_on_stable_diffusion_1(side, checkpointing, limit):
+    """In bf16 on 860 million weights of whatever was in memory: only the bytes matter."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD14).to(torch.bfloat16).requires_grad_(False)
+    unet = unet.to_empty(device="cpu")
+    config = quest.LoraConfig(
+        r=16, lora_dropout=0.05, target_modules=["to_q", "to_k", "to_v", "to_out.0"]
+    )
+    unet = get_peft_model(unet, config).train()
+    quest.slim_frozen_layers(unet, fp8=False)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    batch = {
+        "latents": torch.randn(1, 4, side, side),
+        "noise": torch.randn(1, 4, side, side),
+        "timesteps": torch.zeros(1, dtype=torch.long),
+        "prompt_embeds": torch.randn(1, 77, 768),
+    }
+
+    def forward():
+        casts = disable_input_dtype_casting(unet, True)
+        with casts, torch.autocast("cpu", torch.bfloat16):
+            return quest.compute_loss(unet, DDPMScheduler(), batch)
+
+    kept = saved_for_backward(unet, forward)
+    print(f"{side * 8}², checkpointing {checkpointing}: {kept / 1e6:.1f} MB")
+    assert kept <= limit
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("pixels", [8, 16], ids=["as a matrix product", "as a convolution"])
+@pytest.mark.parametrize("kernel, stride, padding", [(1, 1, 0), (3, 1, 1), (3, 2, 1), (3, 2, 0)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_slim_convolution_is_the_same_convolution(fp8, pixels, kernel, stride, padding, bias):
+    """Output and gradient by the input, for both ways it is computed; the input is not kept."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, kernel, stride, padding, bias=bias)
+    ).requires_grad_(False)
+    x = torch.randn(1 if pixels == 8 else 2, 3, pixels, pixels, requires_grad=True)
+    assert quest.wants_matmul(x) == (pixels == 8)
+    plain, slim = layers[0], torch.nn.Sequential(layers[0])
+    reference = torch.nn.Conv2d(3, 5, kernel, stride, padding, bias=bias).requires_grad_(False)
+    reference.load_state_dict(plain.state_dict())
+    quest.slim_frozen_layers(slim, fp8=fp8)
+    if fp8:
+        reference.weight.data = plain.weight8.float() * plain.scale
+    grad = torch.randn(reference(x).shape)
+    (wanted,) = torch.autograd.grad(reference(x), x, grad)
+    (found,) = torch.autograd.grad(slim(x), x, grad)
+    torch.testing.assert_close(slim(x), reference(x))
+    torch.testing.assert_close(found, wanted)
+    assert saved_for_backward(slim, lambda: slim(x)) == 0
+    assert saved_for_backward(reference, lambda: reference(x)) == x.nbytes
+
+
 def wide_weights(unet) -> int:
     tensors = [*unet.parameters(), *unet.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad)
@@ -90,7 +165,7 @@ def test_fp8_numbers(config):
         for parameter in unet.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
-    quest.narrow_weights(narrow)
+    quest.slim_frozen_layers(narrow, fp8=True)
     for one, other in zip(plain.modules(), narrow.modules(), strict=True):
         if hasattr(other, "weight8"):
             assert other.weight8.dtype == torch.float8_e4m3fn
@@ -147,7 +222,7 @@ def test_fp8_halves_the_resident_bytes():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SD14).to(torch.float16).requires_grad_(False)
         before = wide_weights(unet)
-        quest.narrow_weights(unet)
+        quest.slim_frozen_layers(unet, fp8=True)
     share = wide_weights(unet) / before
     print(f"{share:.3f} of fp16's {before / 2**20:.0f} MiB")
     assert share <= 0.55
