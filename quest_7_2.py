@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
@@ -649,38 +650,44 @@ def ignore_interrupts(worker: int) -> None:
 
 @torch.no_grad()
 def encode_pictures(
-    folder: Path, dataset: datasets.Dataset, device: torch.device, dtype: torch.dtype, variant
+    folder: Path,
+    dataset: datasets.Dataset,
+    drawn: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    variant: str | None,
 ) -> torch.Tensor:
     """What the latents are drawn from: mean and standard deviation of the VAE's posterior, times
     its scaling factor, of every picture and of its mirror image.
 
     (pictures, 2 orientations, 2, 4, R/8, R/8) float16 on the CPU: 32 KiB a picture at 256², good
-    to 11 bits. Raises Trouble where `dtype` is too narrow for this VAE.
+    to 11 bits. Batches without an image that is `drawn`, (pictures, 2 orientations) bool, are left
+    out and hold NaN. Raises Trouble where `dtype` is too narrow for this VAE.
     """
     vae = load_vae(folder, device, dtype, variant)
-    # Pictures are read and resized by workers while the VAE is at the ones before.
     side = dataset[0]["pixel_values"].shape[-1]
-    batch_size = min(16, max(1, 512**2 // side**2))
-    # A GPU wants large batches; a CPU is faster with tensors that stay in its cache.
-    at_once = 2 * batch_size if device.type == "cuda" else max(1, 256**2 // side**2)
-    workers = min(4, os.cpu_count() or 1) if len(dataset) > 32 else 0
-    pictures = DataLoader(
-        dataset, batch_size, num_workers=workers, worker_init_fn=ignore_interrupts
-    )
-    moments, done = None, 0
-    bar = tqdm(total=len(dataset), desc="encoding pictures", unit="picture", disable=None)
-    for batch in pictures:
-        pixel_values = batch["pixel_values"].to(device, dtype).flatten(0, 1)
-        posteriors = [vae.encode(x).latent_dist for x in pixel_values.split(at_once)]
-        both = torch.cat([torch.stack([p.mean, p.std], 1) for p in posteriors]).float()
-        both = (both * vae.config.scaling_factor).unflatten(0, (-1, 2)).half().cpu()
-        if moments is None:
-            moments = torch.empty(len(dataset), *both.shape[1:], dtype=torch.float16)
-        moments[done : done + len(both)] = both
-        done += len(both)
-        bar.update(len(both))
+    # A GPU wants large batches; a CPU is faster with tensors that stay in its cache. The batches
+    # are the same whatever is drawn: a batch of another size can give other last bits.
+    batch_size = min(16, max(1, (512 if device.type == "cuda" else 256) ** 2 // side**2))
+    batches = [range(len(dataset))[i : i + batch_size] for i in range(0, len(dataset), batch_size)]
+    batches = [batch for batch in batches if drawn[batch].any()]
+    # Pictures are read and resized by workers while the VAE is at the ones before.
+    workers = min(4, os.cpu_count() or 1) if len(batches) * batch_size > 32 else 0
+    options = {"num_workers": workers, "worker_init_fn": ignore_interrupts}
+    pictures = DataLoader(dataset, batch_sampler=batches, **options)
+    width = side // 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = (len(dataset), 2, 2, vae.config.latent_channels, width, width)
+    moments = torch.full(shape, math.nan, dtype=torch.float16)
+    bar = tqdm(total=int(drawn.sum()), desc="encoding pictures", unit="image", disable=None)
+    for batch, examples in zip(batches, pictures, strict=True):
+        for flip in drawn[batch].any(0).nonzero().flatten().tolist():
+            pixel_values = examples["pixel_values"][:, flip].to(device, dtype)
+            posterior = vae.encode(pixel_values).latent_dist
+            both = torch.stack([posterior.mean, posterior.std], 1).float()
+            moments[batch, flip] = (both * vae.config.scaling_factor).half().cpu()
+            bar.update(int(drawn[batch, flip].sum()))
     bar.close()
-    if not moments.isfinite().all():
+    if not moments[drawn].isfinite().all():
         raise Trouble(f"this model's VAE overflows in {dtype}; try another --mixed-precision")
     return moments
 
@@ -704,11 +711,18 @@ class Run:
 
 
 def prepare(
-    config: Config, dataset, captions: list[str], names, device: torch.device, dtype: torch.dtype
+    config: Config,
+    dataset: datasets.Dataset,
+    captions: list[str],
+    names: Iterable[str],
+    drawn: torch.Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Run:
     """Compute once what never changes. Each part leaves memory before the next one comes.
 
-    `captions` and `names` belong to the pictures of `dataset`, in its order.
+    `captions` and `names` belong to the pictures of `dataset`, in its order; `drawn` is as
+    `find_drawn` returns it.
     """
     folder = find_model(config.model_id, config.variant)
     preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
@@ -726,7 +740,7 @@ def prepare(
         prompt_embeds=prompt_embeds,
         prompt_of=[row[caption] for caption in captions],
         preview_embeds=prompt_embeds[[row[preview_prompt], row[""]]],
-        moments=encode_pictures(folder, dataset, device, dtype, config.variant),
+        moments=encode_pictures(folder, dataset, drawn, device, dtype, config.variant),
     )
 
 
@@ -849,16 +863,34 @@ def epoch_order(seed: int, epoch: int, pictures: int) -> list[int]:
     return torch.randperm(pictures, generator=generator).tolist()
 
 
+def draw_picture(seed: int, pictures: int, position: int) -> tuple[int, int, torch.Generator]:
+    """The picture at a position of the run, its orientation (1: mirrored), and the generator of
+    all else that is random in this sample. Keyed by the sample, so that neither batch size nor
+    accumulation changes a draw."""
+    epoch, index = divmod(position, pictures)
+    picture = epoch_order(seed, epoch, pictures)[index]
+    generator = torch.Generator().manual_seed(stream_seed(seed, SAMPLE, position))
+    return picture, int(torch.randint(2, (), generator=generator)), generator
+
+
+def find_drawn(seed: int, pictures: int, samples: range) -> torch.Tensor:
+    """Which images these samples of the run are drawn from: (pictures, 2 orientations) bool."""
+    if len(samples) >= 8 * pictures:  # no need to look: nearly all
+        return torch.ones(pictures, 2, dtype=torch.bool)
+    drawn = torch.zeros(pictures, 2, dtype=torch.bool)
+    for position in samples:
+        picture, flip, _ = draw_picture(seed, pictures, position)
+        drawn[picture, flip] = True
+    return drawn
+
+
 def draw(run: Run, position: int) -> dict[str, torch.Tensor]:
     """All that is random in one training sample, the `position`-th of the run.
 
     Returns latents and noise, (4, h, w) float32; timesteps, () int64; prompt_embeds, (77, width)
-    float32. Keyed by the sample, so that neither batch size nor accumulation changes a draw.
+    float32.
     """
-    epoch, index = divmod(position, len(run.moments))
-    picture = epoch_order(run.config.seed, epoch, len(run.moments))[index]
-    generator = torch.Generator().manual_seed(stream_seed(run.config.seed, SAMPLE, position))
-    flip = torch.randint(2, (), generator=generator)
+    picture, flip, generator = draw_picture(run.config.seed, len(run.moments), position)
     mean, std = run.moments[picture, flip].float()
     schedule = run.noise_scheduler.config.num_train_timesteps
     drawn = {
@@ -1570,7 +1602,13 @@ def train(config: Config, progress: dict) -> None:
     state = {"identity": identify(config, precision, digests), "progress": progress}
     saved = read_checkpoint(config, state, total_steps) if config.resume else {}
 
-    run = prepare(config, dataset, captions, digests, device, dtype)
+    def first_sample(step: int) -> int:
+        epoch, update = divmod(step, len(plan))
+        return epoch * len(dataset) + plan[update][0][0]
+
+    samples = range(first_sample(progress["step"]), first_sample(total_steps))
+    drawn = find_drawn(config.seed, len(dataset), samples)
+    run = prepare(config, dataset, captions, digests, drawn, device, dtype)
     unet = load_unet(run)
     weights = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
     say(f"training {weights:,} LoRA weights at strength {strength(config)}, {total_steps} updates")

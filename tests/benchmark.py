@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
+import psutil
 import torch
 import world
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -102,12 +103,18 @@ def operations(sd14: Path, args) -> None:
     for side in (32, 64):
         run = fake_run(quest.Config(), sd14, torch.float32, side)
         unet = quest.load_unet(run).train()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as step:
             one_loss(run, unet).backward()
-        row(
-            f"operations of a micro-step, {side * 8}²",
-            f"{counter.get_total_flops() / 1e9:.0f} GFLOP",
-        )
+        del unet
+        plain = UNet2DConditionModel.from_pretrained(sd14 / "unet").to(DEVICE)
+        plain.requires_grad_(False)
+        latents = torch.randn(1, 4, side, side, device=DEVICE, requires_grad=True)
+        embeds = run.prompt_embeds.to(DEVICE)
+        with FlopCounterMode(display=False) as own:
+            plain(latents, 500, encoder_hidden_states=embeds).sample.sum().backward()
+        step, own = (counter.get_total_flops() / 1e9 for counter in (step, own))
+        row(f"operations of a micro-step, {side * 8}² (a plain UNet's own: {own:.0f})",
+            f"{step:.0f} GFLOP")  # fmt: skip
 
 
 def saved(sd14: Path, args) -> None:
@@ -170,16 +177,26 @@ def fp8(sd14: Path, args) -> None:
         f"{last[0]:.4f}, {last[1]:.4f}")  # fmt: skip
 
 
-# Runs a script and prints when each update was done, in seconds from the start of the process.
+# Runs a script, prints when each update was done, in seconds from the start of the process, and
+# ends it after so many updates.
 WATCHED = """
 import sys, time
 began = time.time()
-import os, runpy, torch
-made = torch.optim.AdamW.__init__
+import os, resource, runpy, torch
+made, last, updates = torch.optim.AdamW.__init__, int(sys.argv.pop(1)), 0
+def report():
+    if torch.cuda.is_available():
+        print("GPU", torch.cuda.max_memory_allocated())
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 def done(*_):
+    global updates
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    print("UPDATE", time.time() - began, flush=True)
+    print("UPDATE", time.time() - began)
+    updates += 1
+    if updates == last:
+        report()
+        os._exit(0)
 def init(self, *args, **options):
     made(self, *args, **options)
     self.register_step_post_hook(done)
@@ -189,17 +206,16 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    if torch.cuda.is_available():
-        print("GPU", torch.cuda.max_memory_allocated())
-    import resource
-    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    report()
 """
 
 
-def measure(command: list) -> dict:
-    """A script's run: seconds in all, seconds to each update, peak MiB of the host and the GPU."""
+def measure(command: list, updates: int = 0) -> dict:
+    """A script's run, ended after so many updates (0: never): seconds in all, seconds to each
+    update, peak MiB of the host and the GPU."""
     started = time.monotonic()
-    command = [sys.executable, "-c", WATCHED, *map(str, command)]
+    command = [sys.executable, "-c", WATCHED, updates, *command]
+    command = list(map(str, command))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
@@ -212,8 +228,8 @@ def measure(command: list) -> dict:
     }
 
 
-def ours(words: list, output_dir: Path) -> dict:
-    found = measure([ROOT / "quest_7_2.py", *words, "--output-dir", output_dir])
+def ours(words: list, output_dir: Path, updates: int = 0) -> dict:
+    found = measure([ROOT / "quest_7_2.py", *words, "--output-dir", output_dir], updates)
     log = quest.read_log(output_dir / "loss.csv", 10**9)
     return found | {"losses": [float(r[2]) for r in log], "speed": [float(r[5]) for r in log]}
 
@@ -227,15 +243,20 @@ def time_steps(sd14: Path, args) -> None:
         for name in args.precisions * args.rounds:
             size = ["--resolution", args.resolution]
             words = ["--dataset-dir", pictures, "--model-id", sd14, "--preview-images", 0]
-            words += [*size, "--mixed-precision", name, "--max-train-steps", args.updates]
-            runs.setdefault((name, "ours"), []).append(ours(words, Path(temporary) / "seal"))
+            words += [*size, "--mixed-precision", name]
+            found = ours(words, Path(temporary) / "seal", args.updates)
+            short = ours([*words, "--max-train-steps", 1], Path(temporary) / "seal")
+            found["short"] = short["updates"][0]
+            runs.setdefault((name, "ours"), []).append(found)
             if args.peer:
                 peer = ["--pretrained_model_name_or_path", sd14, "--train_data_dir", pictures]
                 peer += ["--random_flip", "--rank", 16, "--train_batch_size", 1, *size]
                 peer += ["--gradient_accumulation_steps", accumulation, "--report_to"]
-                peer += [args.report_to, "--mixed_precision", name, "--max_train_steps"]
-                peer += [args.updates, "--output_dir", Path(temporary) / "peer"]
-                runs.setdefault((name, "peer"), []).append(measure([args.peer, *peer]))
+                peer += [args.report_to, "--mixed_precision", name]
+                peer += ["--output_dir", Path(temporary) / "peer"]
+                found = measure([args.peer, *peer], args.updates)
+                found["short"] = found["updates"][0]  # it does nothing ahead
+                runs.setdefault((name, "peer"), []).append(found)
         whose = ("ours", "peer") if args.peer else ("ours",)
         for name in args.precisions:
             for what, unit, digits, value in [
@@ -245,7 +266,8 @@ def time_steps(sd14: Path, args) -> None:
                     3,
                     lambda run: np.diff(run["updates"]) / accumulation,
                 ),
-                ("from the command to the first update", "s", 1, lambda run: run["updates"][:1]),
+                ("from the command to update 1", "s", 1, lambda run: run["updates"][:1]),
+                ("the same, in a run of one update", "s", 1, lambda run: [run["short"]]),
                 ("peak host memory", "MiB", 0, lambda run: [run["peak"]]),
                 ("peak GPU memory", "MiB", 0, lambda run: [run["gpu"]]),
             ]:
@@ -256,18 +278,38 @@ def time_steps(sd14: Path, args) -> None:
                 row(f"{name}, {args.resolution}²: {what}", *cells)
 
 
+def cache(pictures: Path, side: int) -> tuple[float, float, int, torch.Tensor]:
+    """Seconds to check and to encode a whole folder with the miniature, bytes of host memory it
+    then holds, and the cache."""
+    model = ROOT / "tests/miniature"
+    before, started = psutil.Process().memory_info().rss, time.monotonic()
+    config = quest.Config(dataset_dir=str(pictures), model_id=str(model), resolution=side)
+    dataset, captions, digests = quest.load_pictures(config)
+    checked = time.monotonic()
+    drawn = torch.ones(len(dataset), 2, dtype=torch.bool)
+    moments = quest.encode_pictures(model, dataset, drawn, DEVICE, torch.float32, None)
+    seconds = checked - started, time.monotonic() - checked
+    return *seconds, psutil.Process().memory_info().rss - before, (captions, digests, moments)
+
+
 def growth(sd14: Path, args) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        few = make_pictures(Path(temporary) / "few", 100, 256)
+        many = make_pictures(Path(temporary) / "many", 1000, 256)
+        cache(few, 256)  # what the libraries take once
+        *_, held, kept = cache(many, 256)
+        row("host memory a picture at 256², once cached", f"{held / 1000 / 1000:.1f} KB")
+        del kept
     for count in (10, 1000, 10_000):
         with tempfile.TemporaryDirectory() as temporary:
             pictures = make_pictures(Path(temporary) / "pictures", count, 64)
+            checking, encoding, *_ = cache(pictures, 64)
             words = ["--dataset-dir", pictures, "--model-id", ROOT / "tests/miniature"]
             words += ["--resolution", 64, "--max-train-steps", 50, "--preview-images", 0]
             found = ours(words, Path(temporary) / "seal")
-        row(f"{count} pictures of 64²: whole run of 50 updates", f"{found['seconds']:.0f} s")
-        row(f"{count} pictures: pictures per second in training", f"{found['speed'][-1]:.1f}")
-        row(f"{count} pictures: peak host memory", f"{found['peak']:.0f} MiB")
-    run = fake_run(quest.Config(), sd14, torch.float32, 32)
-    row("cached latents of a picture at 256²", f"{run.moments[0].nbytes / 1000:.1f} KB")
+        row(f"{count} pictures of 64²: checking, encoding", f"{checking:.1f} s, {encoding:.1f} s")
+        speed = f"{found['seconds']:.0f} s, {found['speed'][-1]:.1f} pictures/s in training"
+        row(f"{count} pictures: a run of 50 updates", f"{speed}, peak {found['peak']:.0f} MiB")
 
 
 def main() -> None:

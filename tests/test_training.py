@@ -22,7 +22,9 @@ PROMPT = "a red circle"
 
 
 def prepared(wanted, dtype=torch.float32) -> quest.Run:
-    return quest.prepare(wanted, *quest.load_pictures(wanted), CPU, dtype)
+    dataset, captions, digests = quest.load_pictures(wanted)
+    drawn = torch.ones(len(dataset), 2, dtype=torch.bool)
+    return quest.prepare(wanted, dataset, captions, digests, drawn, CPU, dtype)
 
 
 @pytest.fixture
@@ -141,6 +143,35 @@ def test_every_draw_is_fresh_and_keyed(cache):
         spread = (torch.stack(latents).std(0) / std).mean()
         assert abs(spread - 1) < 0.02
         assert ((torch.stack(latents).mean(0) - mean) / std).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("samples", [range(0), range(4, 9), range(12), range(24), range(90)])
+def test_what_a_run_draws_is_known_before(samples):
+    drawn = quest.find_drawn(5, 3, samples)
+    pairs = [quest.draw_picture(5, 3, position)[:2] for position in samples]
+    if len(samples) < 24:
+        assert {tuple(pair) for pair in drawn.nonzero().tolist()} == set(pairs)
+    else:  # it does not look
+        assert drawn.all()
+
+
+def test_only_what_is_drawn_is_encoded(config, model, tmp_path):
+    """In whole batches, so that the last bits are those of a run that encodes everything."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(20):
+        world.draw(world.THINGS[i], random.Random(i)).save(folder / f"{i:02}.png")
+    dataset, *_ = quest.load_pictures(config(dataset_dir=str(folder), resolution=64))
+    everything, one = torch.ones(20, 2, dtype=torch.bool), torch.zeros(20, 2, dtype=torch.bool)
+    one[17, 1] = True
+    whole, part = (
+        quest.encode_pictures(model, dataset, drawn, CPU, torch.float32, None)
+        for drawn in (everything, one)
+    )
+    assert whole.isfinite().all()
+    assert torch.equal(part[16:, 1], whole[16:, 1])
+    assert part[:16].isnan().all()
+    assert part[:, 0].isnan().all()
 
 
 def test_epochs_are_shuffled_whole(cache):
