@@ -914,6 +914,12 @@ def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[r
     return [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
 
 
+def first_sample(plan: list[list[range]], step: int) -> int:
+    """The position in the run of an update's first sample."""
+    epoch, update = divmod(step, len(plan))
+    return epoch * plan[-1][-1].stop + plan[update][0].start
+
+
 def draw_update(run: Run, plan: list[list[range]], step: int) -> list[dict[str, torch.Tensor]]:
     """The batches of an update, `step` counting from 0 through all epochs."""
     epoch, update = divmod(step, len(plan))
@@ -1602,11 +1608,7 @@ def train(config: Config, progress: dict) -> None:
     state = {"identity": identify(config, precision, digests), "progress": progress}
     saved = read_checkpoint(config, state, total_steps) if config.resume else {}
 
-    def first_sample(step: int) -> int:
-        epoch, update = divmod(step, len(plan))
-        return epoch * len(dataset) + plan[update][0][0]
-
-    samples = range(first_sample(progress["step"]), first_sample(total_steps))
+    samples = range(first_sample(plan, progress["step"]), first_sample(plan, total_steps))
     drawn = find_drawn(config.seed, len(dataset), samples)
     run = prepare(config, dataset, captions, digests, drawn, device, dtype)
     unet = load_unet(run)
