@@ -164,10 +164,18 @@ def test_only_what_is_drawn_is_encoded(config, model, tmp_path):
     dataset, *_ = quest.load_pictures(config(dataset_dir=str(folder), resolution=64))
     everything, one = torch.ones(20, 2, dtype=torch.bool), torch.zeros(20, 2, dtype=torch.bool)
     one[17, 1] = True
+    read = []
+
+    class Watched(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
     whole, part = (
-        quest.encode_pictures(model, dataset, drawn, CPU, torch.float32, None)
+        quest.encode_pictures(model, Watched(dataset), drawn, CPU, torch.float32, None)
         for drawn in (everything, one)
     )
+    assert read == [0, *range(20), 0, *range(16, 20)]  # the first tells the size
     assert whole.isfinite().all()
     assert torch.equal(part[16:, 1], whole[16:, 1])
     assert part[:16].isnan().all()
