@@ -2,12 +2,11 @@
 
     python quest_7_2.py --dataset-dir my_paintings --output-dir my_seal
 
-One script, told from top to bottom: the command, the pictures, the model's parts, the draws and
-the loss, the seal, and the run that puts them together. README.md tells what the options are for.
+Two halves: tools, each of which can be read and tested by itself, and at the end `main`, the run
+from the pictures to the seal told in one piece. README.md tells what the options are for.
 """
 
 import argparse
-import csv
 import glob
 import hashlib
 import json
@@ -19,11 +18,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from io import BytesIO
 from pathlib import Path
 from types import NoneType
@@ -31,9 +30,12 @@ from typing import get_args
 
 from filelock import FileLock, Timeout
 
-# ---------------------------------------------------------------------------------------------
-# The command: arguments, JSON and folders, answered in a fraction of a second
-# ---------------------------------------------------------------------------------------------
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# ==== The command: arguments, JSON and folders, answered in a fraction of a second ===========
 
 
 class Trouble(Exception):
@@ -44,8 +46,23 @@ class Trouble(Exception):
         self.exit_code = exit_code
 
 
-def one_of(*names: str) -> tuple:
-    return f"one of {', '.join(names)}", lambda name: name in names
+def say(message) -> None:
+    print(f"quest_7_2.py: {message}", file=sys.stderr)
+
+
+class Stop:
+    """SIGINT and SIGTERM: at once, or, while training, when the update in hand is done."""
+
+    deferred = False  # set while training
+    signum = 0  # the signal that came
+
+    @staticmethod
+    def on_signal(signum: int, frame) -> None:
+        at_once = Stop.signum or not Stop.deferred
+        Stop.signum = signum
+        if at_once:
+            sys.exit(128 + signum)
+        say("stopping after this update; once more stops at once")
 
 
 # Limits: how "must be …" goes on, and the test of it on a value of the right type.
@@ -59,12 +76,17 @@ FROM_0 = ("finite and at least 0", lambda x: 0 <= x < math.inf)
 SHARE = ("at least 0 and below 1", lambda p: 0 <= p < 1)
 # Pillow would fill all memory, and be killed for it, long before a larger picture is made.
 TIMES_8 = ("a positive multiple of 8, at most 16384", lambda n: 0 < n <= 16384 and n % 8 == 0)
+
+
+def one_of(*names: str) -> tuple:
+    return f"one of {', '.join(names)}", lambda name: name in names
+
+
 PRECISION = one_of("fp16", "bf16", "no")
 RESIZE = one_of("squash", "crop")
 # diffusers has piecewise_constant too, which needs rules that no flag gives.
-SCHEDULE = one_of(
-    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-)
+SCHEDULES = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial"
+SCHEDULE = one_of(*SCHEDULES.split())
 # PEFT's others change the base model's weights, of which no program that loads the seal knows.
 INIT = one_of("gaussian", "orthogonal")
 KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
@@ -93,6 +115,7 @@ class Config:
     use_dora: bool = option(False, ANY, "DoRA; a seal for PEFT alone")
     use_rslora: bool = option(False, ANY, "strength alpha / sqrt(rank)")
     init_lora_weights: str | None = option(None, INIT, "first LoRA weights (default: PEFT's)")
+    micro_batch_size: int | None = option(None, POSITIVE, "samples at once (default: a batch)")
     seed: int = option(0, NATURAL, "same command, same machine, same bytes")
     mixed_precision: str | None = option(None, PRECISION, "default: fp16 on CUDA, no elsewhere")
     gradient_checkpointing: bool = option(False, ANY, "less memory, slower")
@@ -129,10 +152,10 @@ class Config:
             raise Trouble("--use-dora needs the weights at hand that --fp8-base narrows", 2)
 
 
-# What --resume may change: where things lie, how long it goes on, and what leaves the arithmetic
-# alone. (The pictures themselves are compared, not their folder's name.)
-FREE_TO_CHANGE = {"dataset_dir", "output_dir", "num_train_epochs", "max_train_steps"}
-FREE_TO_CHANGE |= {"checkpointing_steps", "resume", "gradient_checkpointing", "preview_images"}
+# What --resume may change: where things lie (the pictures themselves are compared), how long it
+# goes on, and what leaves the arithmetic alone.
+FREE_TO_CHANGE = {"dataset_dir", "output_dir", "num_train_epochs", "max_train_steps", "resume"}
+FREE_TO_CHANGE |= {"checkpointing_steps", "gradient_checkpointing", "preview_images"}
 FREE_TO_CHANGE |= {"preview_prompt", "preview_every_epochs"}
 
 
@@ -159,65 +182,73 @@ def shown(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def parse_arguments(argv: list[str]) -> dict:
-    """The flags given, as {field name: value}, `config` among them. Raises Trouble."""
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def json_to_flags(text: str) -> list[str]:
+    """The flags that a JSON object of options stands for. Raises ValueError for any other text, and
+    Trouble (exit code 2) for a value that no flag could have."""
+    options = {key_of(option): option for option in fields(Config)}
+    # A number stays as it is written, for the flag to judge.
+    as_written = {"parse_int": str, "parse_float": str, "parse_constant": str}
+    given = json.loads(text, object_pairs_hook=tuple, **as_written)
+    if not isinstance(given, tuple):
+        raise ValueError("must hold one JSON object")  # noqa: TRY004 - as json's own errors
+    for key, count in Counter(key for key, _ in given).items():
+        if key not in options:
+            raise ValueError(f"unknown key {shown(key)}")
+        if count > 1:
+            raise ValueError(f"{key} stands there twice")
+    flags = []
+    for key, value in given:
+        option, is_switch = options[key], kind_of(options[key]) is bool
+        if value is None:  # not given
+            continue
+        if isinstance(value, list | tuple) or isinstance(value, bool) is not is_switch:
+            needed = KINDS[kind_of(option)]
+            raise Trouble(f"{name_of(option)} must be {needed}, not {shown(value)}", 2)
+        if is_switch:
+            flags.append(flag_of(option) if value else flag_of(option).replace("--", "--no-", 1))
+        else:
+            flags.append(f"{flag_of(option)}={value}")
+    return flags
+
+
+def read_config(argv: list[str]) -> Config:
+    """Defaults < the JSON < flags. Raises Trouble (exit code 2) for what is not valid."""
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser("quest_7_2.py", description=about, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="JSON object of options in camelCase")
+    parser.add_argument("--config", metavar="X", help="JSON of options in camelCase, or its file")
     for option in fields(Config):
-        kind, (limit, _) = kind_of(option), option.metadata["limit"]
+        limit, _ = option.metadata["limit"]
         help = "; ".join(filter(None, [option.metadata["help"], limit if limit != PATH[0] else ""]))
-        if option.default is not None:
-            help += f" (default: {option.default})"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": "X"}
-        # No defaults here: what the user did not say must not hide what the JSON file says.
+        help += "" if option.default is None else f" (default: {option.default})"
+        is_switch = kind_of(option) is bool
+        how = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "X"}
         parser.add_argument(flag_of(option), help=help, default=argparse.SUPPRESS, **how)
 
     def refuse(message: str):
         raise Trouble(f"{message}; --help lists the options", 2)
 
     parser.error = refuse
-    given = vars(parser.parse_args(argv))
+    source, words = parser.parse_args(argv).config, []
+    if source is not None:
+        try:
+            is_text = source.lstrip().startswith("{")
+            words = json_to_flags(source if is_text else Path(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            where = "--config" if is_text else f"--config {source}"
+            raise Trouble(f"{where}: {reason}", 2) from None
+    given = vars(parser.parse_args(words + argv))
+    del given["config"]
     for option in fields(Config):
         # A text that is no number is left as it is, for Config to refuse.
         if kind_of(option) in (int, float) and option.name in given:
             with suppress(ValueError):
                 given[option.name] = kind_of(option)(given[option.name])
-    return given
-
-
-def read_json(path: str) -> dict:
-    """The object in a JSON file. Raises Trouble (exit code 2) for anything else."""
-
-    def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise ValueError(f"{', '.join(sorted(twice))} stands there twice")
-        return dict(pairs)
-
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise Trouble(f"--config {path}: {reason}", 2) from None
-    if not isinstance(values, dict):
-        raise Trouble(f"--config {path}: must hold one JSON object", 2)
-    return values
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_config(argv: list[str]) -> Config:
-    """Defaults < the JSON file < flags. Raises Trouble (exit code 2) for what is not valid."""
-    given = parse_arguments(argv)
-    path = given.pop("config", None)
-    values = {} if path is None else read_json(path)
-    known = {key_of(option): option.name for option in fields(Config)}
-    if unknown := sorted(values.keys() - known.keys()):
-        raise Trouble(f"--config {path}: unknown key {', '.join(map(shown, unknown))}", 2)
-    return Config(**{known[key]: value for key, value in values.items()} | given)
+    return Config(**given)
 
 
 # What Pillow reads well of imagefolder's own list.
@@ -227,33 +258,27 @@ SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .tga .pp
 def list_files(folder: Path, suffixes: str = SUFFIXES) -> list[Path]:
     """All such files in a folder and its subfolders, by name; what is hidden is left out."""
 
-    def is_hidden(path: Path) -> bool:
-        return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes.split())
-    return sorted(path for path in found if not path.is_dir() and not is_hidden(path))
+    found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
+    return sorted(folder / path for path in shown if path.suffix.lower() in suffixes.split())
 
 
 def check_folders(config: Config) -> None:
     """Raises Trouble (exit code 2) for a dataset that is not there, or an unwritable output."""
     dataset_dir, output_dir = Path(config.dataset_dir), Path(config.output_dir).absolute()
-    try:
-        if not dataset_dir.is_dir():
-            what = "is a file, not a folder" if dataset_dir.exists() else "does not exist"
-            raise Trouble(f"dataset folder {dataset_dir} {what}; name one with --dataset-dir", 2)
-        if not list_files(dataset_dir):
-            raise Trouble(f"dataset folder {dataset_dir} has no pictures ({SUFFIXES})", 2)
-        if output_dir.resolve().is_relative_to(dataset_dir.resolve()):
-            raise Trouble(f"output folder {output_dir} must not be in the dataset folder", 2)
-    except OSError as error:
-        raise Trouble(f"{error.filename}: {error.strerror}", 2) from None
+    if not dataset_dir.is_dir():
+        what = "is a file, not a folder" if dataset_dir.exists() else "does not exist"
+        raise Trouble(f"dataset folder {dataset_dir} {what}; name one with --dataset-dir", 2)
+    if not list_files(dataset_dir):
+        raise Trouble(f"dataset folder {dataset_dir} has no pictures ({SUFFIXES})", 2)
+    if output_dir.resolve().is_relative_to(dataset_dir.resolve()):
+        raise Trouble(f"output folder {output_dir} must not be in the dataset folder", 2)
     existing = next(path for path in [output_dir, *output_dir.parents] if path.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()  # asking for permissions is not enough
     except OSError as error:
-        raise Trouble(
-            f"output folder {output_dir} cannot be written: {error.strerror}", 2
-        ) from None
+        reason = error.strerror
+        raise Trouble(f"output folder {output_dir} cannot be written: {reason}", 2) from None
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -295,65 +320,30 @@ def lock_output_dir(output_dir: str) -> FileLock:
     # It lies outside: a refused run leaves nothing behind. The system frees it, however we end.
     identity = f"{os.path.expanduser('~')}:{Path(output_dir).resolve()}"
     name = f"quest_7_2-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:24]}.lock"
-    lock = FileLock(Path(tempfile.gettempdir()) / name, blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise Trouble(f"output folder {output_dir} is in use by another run", 2) from None
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    with suppress(Timeout):
+        lock.acquire(blocking=False)
+    if not lock.is_locked:
+        raise Trouble(f"output folder {output_dir} is in use by another run", 2)
     return lock
 
 
-def named_output_dir(argv: list[str]) -> str:
-    """The output folder meant by arguments that were refused, as far as they are understood."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    parser.add_argument("--output-dir")
-    named = None
-    with suppress(argparse.ArgumentError, Trouble):
-        given, _ = parser.parse_known_args(argv)
-        named = given.output_dir
-        if named is None and given.config is not None:
-            named = read_json(given.config).get("outputDir")
-    return named if isinstance(named, str) else Config.output_dir
-
-
 def begin(argv: list[str]) -> tuple[Config, FileLock]:
-    """Judge the command and take the output folder, or say what is wrong and exit with 2."""
+    """Judge the command and take the output folder, or say what is wrong and exit with 2.
+
+    A command line that cannot be understood touches nothing; one that can turns an older
+    `result.json` to false before anything else is judged.
+    """
     try:
         config = read_config(argv)
-        check_folders(config)
         lock = lock_output_dir(config.output_dir)
-        try:
-            disown_older_result(config.output_dir)
-        except OSError as error:
-            raise Trouble(f"{error.filename}: {error.strerror}", 2) from None
+        disown_older_result(config.output_dir)
+        check_folders(config)
         return config, lock
-    except Trouble as trouble:
-        output_dir = named_output_dir(argv)
-        with suppress(Trouble, OSError, ValueError):
-            lock = lock_output_dir(output_dir)
-            disown_older_result(output_dir)
-        say(trouble)
-        sys.exit(trouble.exit_code)
-
-
-def say(message) -> None:
-    print(f"quest_7_2.py: {message}", file=sys.stderr)
-
-
-class Stop:
-    """SIGINT and SIGTERM: at once, or, while training, when the update in hand is done."""
-
-    deferred = False  # set while training
-    signum = 0  # the signal that came
-
-    @staticmethod
-    def on_signal(signum: int, frame) -> None:
-        at_once = Stop.signum or not Stop.deferred
-        Stop.signum = signum
-        if at_once:
-            sys.exit(128 + signum)
-        say("stopping after this update; once more stops at once")
+    except (Trouble, OSError) as error:
+        known = isinstance(error, Trouble)
+        say(error if known else f"{error.filename}: {error.strerror}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":
@@ -385,7 +375,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
@@ -393,9 +383,7 @@ from torchvision import transforms
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-# ---------------------------------------------------------------------------------------------
-# The pictures
-# ---------------------------------------------------------------------------------------------
+# ==== The pictures ===========================================================================
 
 
 def open_rgb(path) -> Image.Image:
@@ -422,9 +410,8 @@ def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
     Both, because mirroring an image's latents is not the same as encoding its mirror image.
     """
     square = (resolution, resolution)
-    squash = transforms.Resize(square)
     crop = transforms.Compose([transforms.Resize(resolution), transforms.CenterCrop(square)])
-    resize = {"squash": squash, "crop": crop}[resize_mode]
+    resize = crop if resize_mode == "crop" else transforms.Resize(square)
     normalize = transforms.Normalize([0.5], [0.5])
     pixels = [open_rgb(image["path"]) for image in examples["image"]]
     pixels = [normalize(transforms.functional.to_tensor(resize(image))) for image in pixels]
@@ -483,15 +470,13 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
 
     Raises Trouble (exit code 2) with a list of all pictures that cannot be used.
     """
-    folder = Path(config.dataset_dir).absolute()
+    # Normalised, as the captions' paths are: the default folder begins with "..".
+    folder = Path(os.path.abspath(config.dataset_dir))
     paths = list_files(folder)
 
-    pool = ThreadPoolExecutor()
-    try:
+    with ThreadPoolExecutor() as pool:
         examined = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None)
         digests, sizes, problems = zip(*examined, strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
     if problems := [problem for problem in problems if problem]:
         count = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
         raise Trouble(count + "".join(problems), 2)
@@ -503,27 +488,24 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
     say(f"{len(paths)} pictures, {' to '.join(extent)} pixels, {own} with captions of their own")
 
     # Named one by one: left to itself, imagefolder puts test_1.png into a "test" split, unused.
-    data_files = {"train": [glob.escape(str(path)) for path in paths]}
+    options = {"data_files": {"train": [glob.escape(str(path)) for path in paths]}}
+    options |= {"split": "train", "keep_in_memory": True, "drop_labels": True}
     with tempfile.TemporaryDirectory() as cache:  # no older listing must be taken for this one
-        options = {"cache_dir": cache, "keep_in_memory": True, "drop_labels": True}
         try:
-            dataset = datasets.load_dataset(
-                "imagefolder", data_files=data_files, split="train", **options
-            )
+            dataset = datasets.load_dataset("imagefolder", cache_dir=cache, **options)
         except datasets.exceptions.DatasetsError as error:
             raise Trouble(f"listing the pictures in {cache}: {error.__cause__ or error}") from None
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     how = {"resolution": config.resolution, "resize_mode": config.resize_mode}
     dataset = dataset.with_transform(partial(apply_transforms, **how))
-    names = [str(path.relative_to(folder)) for path in paths]
-    both = [f"{digest} {text}".encode() for digest, text in zip(digests, captions, strict=True)]
-    digests = [hashlib.sha256(each).hexdigest() for each in both]
-    return dataset, captions, dict(zip(names, digests, strict=True))
+    told = {}
+    for path, digest, caption in zip(paths, digests, captions, strict=True):
+        both = f"{digest} {caption}".encode()
+        told[str(path.relative_to(folder))] = hashlib.sha256(both).hexdigest()
+    return dataset, captions, told
 
 
-# ---------------------------------------------------------------------------------------------
-# The model's parts, one at a time: text encoder, VAE, UNet
-# ---------------------------------------------------------------------------------------------
+# ==== The model's parts, one at a time: text encoder, VAE, UNet ==============================
 
 # What a part's folder must hold, one of; {} stands for a variant such as ".fp16".
 PART_FILES = {
@@ -538,24 +520,22 @@ PART_FILES = {
 def check_family(model_id: str, folder: Path) -> None:
     """Raises Trouble for a model that is not Stable Diffusion 1.x or 2.x, text to image."""
 
-    def read(name: str) -> dict:
+    configs = []
+    for name in ("model_index.json", "unet/config.json", "text_encoder/config.json"):
+        configs.append({})
         with suppress(OSError, ValueError):
-            return json.loads((folder / name).read_text(encoding="utf-8"))
-        return {}
-
-    index, unet, text = (
-        read(f"{p}.json") for p in ("model_index", "unet/config", "text_encoder/config")
-    )
+            configs[-1] = json.loads((folder / name).read_text(encoding="utf-8"))
+    index, unet, text = configs
     fits = not index.keys() & {"transformer", "text_encoder_2", "prior", "controlnet"}
     if unet and text:
         fits &= unet.get("in_channels", 4) == 4 and not unet.get("addition_embed_type")
         fits &= unet.get("cross_attention_dim") == text.get("hidden_size")
     if not fits:
-        what = index.get("_class_name", "something else")
-        raise Trouble(
-            f"model {model_id} is {what}; this script trains text-to-image Stable Diffusion 1.x and "
-            "2.x, no SDXL, SD3, Flux or inpainting model"
+        trained = (
+            "text-to-image Stable Diffusion 1.x and 2.x, no SDXL, SD3, Flux or inpainting model"
         )
+        what = index.get("_class_name", "something else")
+        raise Trouble(f"model {model_id} is {what}; this script trains {trained}")
 
 
 def find_model(model_id: str, variant: str | None) -> Path:
@@ -563,8 +543,7 @@ def find_model(model_id: str, variant: str | None) -> Path:
 
     The one place that may use the network. Raises Trouble for what is not there or not complete.
     """
-    suffix = f".{variant}" if variant else ""
-    folder = Path(model_id)
+    suffix, folder = f".{variant}" if variant else "", Path(model_id)
     if folder.is_file():
         raise Trouble(
             f"model {model_id} is a single file, without the tokenizer and configurations it needs: "
@@ -591,12 +570,16 @@ def find_model(model_id: str, variant: str | None) -> Path:
         if not any(any((folder / part).glob(name.format(suffix))) for name in names):
             pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.ckpt")]
             why = " (pickled weights are never read: they can run code)" if pickled else ""
-            missing = f"{part}/{names[0].format(suffix)}"
-            raise Trouble(
-                f"model {model_id} lacks {missing}{why}; get it with safetensors weights in "
-                "diffusers layout, from its page on the hub or by saving it with save_pretrained"
-            )
+            where = "from its page on the hub or by saving it with save_pretrained"
+            missing = f"{part}/{names[0].format(suffix)}{why}"
+            raise Trouble(f"model {model_id} lacks {missing}; get it with safetensors, {where}")
     return folder
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    # CUDA has a class for it; on the CPU only the message tells.
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 def load_part(cls, folder: Path, part: str, **options):
@@ -624,8 +607,8 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype, variant) ->
 @torch.no_grad()
 def embed_prompts(
     folder: Path, prompts: dict[str, str], device: torch.device, variant: str | None
-) -> torch.Tensor:
-    """The text encoder's last hidden state: (prompts, 77, width) float32, on the CPU.
+) -> dict[str, torch.Tensor]:
+    """The text encoder's last hidden state for each prompt: (77, width) float32, on the CPU.
 
     `prompts` maps each to what it belongs to, to report those that are cut at 77 tokens.
     """
@@ -639,20 +622,14 @@ def embed_prompts(
         say(f"prompts longer than {most} tokens are cut there: {', '.join(cut)}")
     padded = {"padding": "max_length", "truncation": True, "max_length": most}
     prompt_ids = tokenizer(list(prompts), return_tensors="pt", **padded).input_ids
-    return torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in prompt_ids.split(16)])
-
-
-def ignore_interrupts(worker: int) -> None:
-    """In a worker: Ctrl-C reaches it too, but ending it is for the main process to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    embeds = torch.cat([text_encoder(ids.to(device))[0].cpu() for ids in prompt_ids.split(16)])
+    return dict(zip(prompts, embeds, strict=True))
 
 
 @torch.no_grad()
 def encode_pictures(
     folder: Path,
     dataset: datasets.Dataset,
-    drawn: torch.Tensor,
     device: torch.device,
     dtype: torch.dtype,
     variant: str | None,
@@ -661,144 +638,80 @@ def encode_pictures(
     its scaling factor, of every picture and of its mirror image.
 
     (pictures, 2 orientations, 2, 4, R/8, R/8) float16 on the CPU: 32 KiB a picture at 256², good
-    to 11 bits. Batches without an image that is `drawn`, (pictures, 2 orientations) bool, are left
-    out and hold NaN. Raises Trouble where `dtype` is too narrow for this VAE.
+    to 11 bits. Raises Trouble where `dtype` is too narrow for this VAE.
     """
     vae = load_vae(folder, device, dtype, variant)
     side = dataset[0]["pixel_values"].shape[-1]
-    # A GPU wants large batches; a CPU is faster with tensors that stay in its cache. The batches
-    # are the same whatever is drawn: a batch of another size can give other last bits.
+    # A GPU wants large batches; a CPU is faster with tensors that stay in its cache.
     batch_size = min(16, max(1, (512 if device.type == "cuda" else 256) ** 2 // side**2))
-    batches = [range(len(dataset))[i : i + batch_size] for i in range(0, len(dataset), batch_size)]
-    batches = [batch for batch in batches if drawn[batch].any()]
-    # Pictures are read and resized by workers while the VAE is at the ones before.
-    workers = min(4, os.cpu_count() or 1) if len(batches) * batch_size > 32 else 0
-    options = {"num_workers": workers, "worker_init_fn": ignore_interrupts}
-    pictures = DataLoader(dataset, batch_sampler=batches, **options)
-    width = side // 2 ** (len(vae.config.block_out_channels) - 1)
-    shape = (len(dataset), 2, 2, vae.config.latent_channels, width, width)
-    moments = torch.full(shape, math.nan, dtype=torch.float16)
-    bar = tqdm(total=int(drawn.sum()), desc="encoding pictures", unit="image", disable=None)
-    for batch, examples in zip(batches, pictures, strict=True):
-        for flip in drawn[batch].any(0).nonzero().flatten().tolist():
-            pixel_values = examples["pixel_values"][:, flip].to(device, dtype)
-            posterior = vae.encode(pixel_values).latent_dist
-            both = torch.stack([posterior.mean, posterior.std], 1).float()
-            moments[batch, flip] = (both * vae.config.scaling_factor).half().cpu()
-            bar.update(int(drawn[batch, flip].sum()))
+    moments = []
+    bar = tqdm(total=2 * len(dataset), desc="encoding pictures", unit="image", disable=None)
+    # The next batch is read and resized while the VAE is at this one.
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(dataset.__getitem__, slice(0, batch_size))
+        for start in range(0, len(dataset), batch_size):
+            pixel_values = torch.stack(ahead.result()["pixel_values"], 1)  # (2, batch, 3, R, R)
+            after = start + batch_size
+            if after < len(dataset):
+                ahead = reader.submit(dataset.__getitem__, slice(after, after + batch_size))
+            for pixels in pixel_values:
+                posterior = vae.encode(pixels.to(device, dtype)).latent_dist
+                both = torch.stack([posterior.mean, posterior.std], 1).float()
+                moments.append((both * vae.config.scaling_factor).half().cpu())
+                bar.update(len(pixels))
     bar.close()
-    if not moments[drawn].isfinite().all():
+    # From (batch, 2, …) of each orientation in turn to (pictures, orientations, 2, …).
+    moments = torch.stack([torch.cat(moments[0::2]), torch.cat(moments[1::2])], 1)
+    if not moments.isfinite().all():
         raise Trouble(f"this model's VAE overflows in {dtype}; try another --mixed-precision")
     return moments
 
 
-@dataclass(frozen=True)
-class Run:
-    """What stands before the loop begins and never changes in it."""
-
-    config: Config
-    folder: Path  # of the base model
-    device: torch.device
-    dtype: torch.dtype  # of the frozen weights, and of autocast
-    noise_scheduler: DDPMScheduler
-    prompt_embeds: torch.Tensor  # (distinct prompts, 77, width) float32
-    prompt_of: list[int]  # each picture's row in prompt_embeds
-    preview_embeds: torch.Tensor  # (2, 77, width) float32: the previews' prompt, and no prompt
-    moments: torch.Tensor  # as `encode_pictures` returns them
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, self.dtype is not torch.float32)
-
-
-def prepare(
-    config: Config,
-    dataset: datasets.Dataset,
-    captions: list[str],
-    names: Iterable[str],
-    drawn: torch.Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Run:
-    """Compute once what never changes. Each part leaves memory before the next one comes.
-
-    `captions` and `names` belong to the pictures of `dataset`, in its order; `drawn` is as
-    `find_drawn` returns it.
-    """
-    folder = find_model(config.model_id, config.variant)
-    preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
-    labels = [f"picture {name!r}" for name in names]
-    prompts = dict(zip(captions, labels, strict=True))
-    prompts |= {preview_prompt: "--preview-prompt", "": "", config.train_prompt: "--train-prompt"}
-    row = {prompt: i for i, prompt in enumerate(prompts)}
-    prompt_embeds = embed_prompts(folder, prompts, device, config.variant)
-    return Run(
-        config=config,
-        folder=folder,
-        device=device,
-        dtype=dtype,
-        noise_scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
-        prompt_embeds=prompt_embeds,
-        prompt_of=[row[caption] for caption in captions],
-        preview_embeds=prompt_embeds[[row[preview_prompt], row[""]]],
-        moments=encode_pictures(folder, dataset, drawn, device, dtype, config.variant),
-    )
-
-
-class Frozen(torch.autograd.Function):
-    """x → Linear or Conv2d of x by a weight that is never trained.
-
-    Left to itself, autograd keeps what only the weight's gradient would need, a convolution's
-    input, and keeps of an 8-bit weight the widened copy. Here it keeps the weight as it lies.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, scale, bias, conv):
-        ctx.save_for_backward(weight, scale)
-        ctx.conv, ctx.shape = conv, x.shape
-        if scale is not None:
-            device = x.device.type
-            autocast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-            weight = weight.to(dtype) * scale.to(dtype)
-        if conv is None:
-            return F.linear(x, weight, bias)
-        if not wants_matmul(x):
-            return F.conv2d(x, weight, bias, **conv)
-        y = weight.flatten(1) @ F.unfold(x, weight.shape[2:], **conv)
-        y = y if bias is None else y + bias[:, None]
-        height = (x.shape[2] + 2 * conv["padding"][0] - weight.shape[2]) // conv["stride"][0] + 1
-        return y.unflatten(2, (height, -1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (weight, scale), conv = ctx.saved_tensors, ctx.conv
-        if scale is not None:
-            weight = weight.to(grad.dtype) * scale.to(grad.dtype)
-        if conv is None:
-            grad = grad @ weight
-        elif not wants_matmul(grad):
-            grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, **conv)
-        else:
-            columns = (grad.flatten(2).mT @ weight.flatten(1)).mT
-            grad = F.fold(columns, ctx.shape[2:], weight.shape[2:], **conv)
-        return grad, None, None, None, None
-
-
-def wants_matmul(pixels: torch.Tensor) -> bool:
-    """Whether a convolution of (n, channels, h, w) is better written out as a matrix product.
-
-    oneDNN, PyTorch's convolution on the CPU, lays out the weights anew at every call. In the
-    deepest layers, few pixels and many weights, that costs two to five times the product itself.
-    """
-    return pixels.device.type == "cpu" and pixels[:, 0].numel() <= 64
+def widen(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """A frozen layer's weight as the arithmetic wants it; of an 8-bit one, a new copy each time."""
+    return layer.weight8.to(dtype) * layer.scale.to(dtype) if layer.is_fp8 else layer.weight
 
 
 def frozen_forward(layer: torch.nn.Linear | torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    is_conv = isinstance(layer, torch.nn.Conv2d)
-    conv = {"stride": layer.stride, "padding": layer.padding} if is_conv else None
-    narrow = hasattr(layer, "weight8")
-    weight, scale = (layer.weight8, layer.scale) if narrow else (layer.weight, None)
-    return Frozen.apply(x, weight, scale, layer.bias, conv)
+    """`layer.forward`, keeping nothing for the backward pass but the weight as it lies.
+
+    Left to itself, autograd keeps what only the weight's gradient would need, a convolution's
+    input, and keeps of an 8-bit weight the widened copy.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # cast here, so that no cast copy is kept inside
+        x = x.to(torch.get_autocast_dtype(device))
+    weight = widen(layer, x.dtype)
+    # `pack` lives as long as the graph does, and with it whatever it refers to: ids, not tensors.
+    input_id, weight_id, dtype = id(x), id(weight), x.dtype
+
+    def pack(tensor: torch.Tensor):
+        if id(tensor) == input_id:
+            return ("input", tensor.shape, tensor.device)
+        if layer.is_fp8 and weight_id in (id(tensor), id(tensor._base)):
+            return ("weight", tensor.shape, tensor.stride())
+        return tensor
+
+    def unpack(kept) -> torch.Tensor:
+        match kept:
+            case "input", shape, on:
+                return torch.empty(shape, dtype=dtype, device=on)  # only its shape is asked for
+            case "weight", shape, stride:
+                return widen(layer, dtype).as_strided(shape, stride)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        if isinstance(layer, torch.nn.Linear):
+            return F.linear(x, weight, layer.bias)
+        conv = {"stride": layer.stride, "padding": layer.padding}
+        # oneDNN, PyTorch's convolution on the CPU, lays out the weights anew at every call. In
+        # the deepest layers, few pixels and many weights, that costs more than the product itself.
+        if device != "cpu" or x[:, 0].numel() > 64:
+            return F.conv2d(x, weight, layer.bias, **conv)
+        y = weight.flatten(1) @ F.unfold(x, weight.shape[2:], **conv)
+        y = y if layer.bias is None else y + layer.bias[:, None]
+        height = (x.shape[2] + 2 * layer.padding[0] - weight.shape[2]) // layer.stride[0] + 1
+        return y.unflatten(2, (height, -1))
 
 
 def slim_frozen_layers(unet: torch.nn.Module, fp8: bool) -> None:
@@ -808,6 +721,7 @@ def slim_frozen_layers(unet: torch.nn.Module, fp8: bool) -> None:
         is_conv = isinstance(layer, torch.nn.Conv2d)
         if not (is_conv or isinstance(layer, torch.nn.Linear)) or layer.weight.requires_grad:
             continue
+        layer.is_fp8 = fp8
         if fp8:
             weight = layer.weight.detach()
             largest = weight.float().flatten(1).abs().amax(1).clamp(min=1e-6)
@@ -821,10 +735,10 @@ def slim_frozen_layers(unet: torch.nn.Module, fp8: bool) -> None:
             layer.forward = partial(frozen_forward, layer)
 
 
-def load_unet(run: Run) -> PeftModel:
-    """The frozen UNet in `run.dtype` with float32 LoRA weights in its attention layers."""
-    config, options = run.config, {"dtype": run.dtype, "variant": run.config.variant}
-    unet = load_part(UNet2DConditionModel, run.folder, "unet", **options)
+def load_unet(folder: Path, config: Config, device: torch.device, dtype: torch.dtype) -> PeftModel:
+    """The frozen UNet in `dtype` with float32 LoRA weights in its attention layers."""
+    options = {"dtype": dtype, "variant": config.variant}
+    unet = load_part(UNet2DConditionModel, folder, "unet", **options)
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -841,13 +755,11 @@ def load_unet(run: Run) -> PeftModel:
     slim_frozen_layers(unet, config.fp8_base)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet.to(run.device)
+    return unet.to(device)
 
 
-# ---------------------------------------------------------------------------------------------
-# Draw outside, compute inside: every random choice follows from (seed, position in the run), and
-# the loss is a function of what was drawn
-# ---------------------------------------------------------------------------------------------
+# ==== Draw outside, compute inside ===========================================================
+# Every random choice follows from (seed, position in the run); the loss is a function of tensors.
 
 ORDER, SAMPLE, DROPOUT = range(3)  # independent streams of random numbers under one seed
 
@@ -863,74 +775,64 @@ def epoch_order(seed: int, epoch: int, pictures: int) -> list[int]:
     return torch.randperm(pictures, generator=generator).tolist()
 
 
-def draw_picture(seed: int, pictures: int, position: int) -> tuple[int, int, torch.Generator]:
-    """The picture at a position of the run, its orientation (1: mirrored), and the generator of
-    all else that is random in this sample. Keyed by the sample, so that neither batch size nor
-    accumulation changes a draw."""
-    epoch, index = divmod(position, pictures)
-    picture = epoch_order(seed, epoch, pictures)[index]
-    generator = torch.Generator().manual_seed(stream_seed(seed, SAMPLE, position))
-    return picture, int(torch.randint(2, (), generator=generator)), generator
+def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[tuple[int, float]]]:
+    """An epoch as updates, each a flat list of samples: (place in the epoch's order, weight).
 
-
-def find_drawn(seed: int, pictures: int, samples: range) -> torch.Tensor:
-    """Which images these samples of the run are drawn from: (pictures, 2 orientations) bool."""
-    if len(samples) >= 8 * pictures:  # no need to look: nearly all
-        return torch.ones(pictures, 2, dtype=torch.bool)
-    drawn = torch.zeros(pictures, 2, dtype=torch.bool)
-    for position in samples:
-        picture, flip, _ = draw_picture(seed, pictures, position)
-        drawn[picture, flip] = True
-    return drawn
-
-
-def draw(run: Run, position: int) -> dict[str, torch.Tensor]:
-    """All that is random in one training sample, the `position`-th of the run.
-
-    Returns latents and noise, (4, h, w) float32; timesteps, () int64; prompt_embeds, (77, width)
-    float32.
-    """
-    picture, flip, generator = draw_picture(run.config.seed, len(run.moments), position)
-    mean, std = run.moments[picture, flip].float()
-    schedule = run.noise_scheduler.config.num_train_timesteps
-    drawn = {
-        "latents": mean + std * torch.randn(mean.shape, generator=generator),
-        "noise": torch.randn(mean.shape, generator=generator),
-        "timesteps": torch.randint(schedule, (), generator=generator),
-        "prompt_embeds": run.prompt_embeds[run.prompt_of[picture]],
-    }
-    if run.config.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
-        offset = torch.randn(len(mean), 1, 1, generator=generator)
-        drawn["noise"] += run.config.noise_offset * offset
-    return drawn
-
-
-def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[range]]:
-    """An epoch as updates, each a list of batches, each a range of places in the epoch's order.
-
-    Nothing is dropped: the last batch, and the last update's list, may be shorter.
+    A sample weighs 1 / (batches in the update × size of its batch), so that the weighted sum of
+    the samples' losses is the mean of the batches' means, however it is cut into pieces. Nothing
+    is dropped: the last batch, and the last update, may be shorter.
     """
     batches = [range(i, min(i + batch_size, pictures)) for i in range(0, pictures, batch_size)]
-    return [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    updates = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    return [[(i, 1 / (len(u) * len(batch))) for batch in u for i in batch] for u in updates]
 
 
-def first_sample(plan: list[list[range]], step: int) -> int:
-    """The position in the run of an update's first sample."""
-    epoch, update = divmod(step, len(plan))
-    return epoch * plan[-1][-1].stop + plan[update][0].start
+def draw(
+    position: int, moments: torch.Tensor, caption_embeds: list, num_timesteps: int, config: Config
+) -> dict[str, torch.Tensor]:
+    """All that is random in one training sample, the `position`-th of the run; keyed by that, so
+    that neither batch size nor accumulation changes a draw.
+
+    `moments` are `encode_pictures`'; `caption_embeds` holds each picture's, (77, width). Returns
+    latents and noise, (4, h, w) float32; timesteps, () int64; prompt_embeds, (77, width) float32.
+    """
+    epoch, place = divmod(position, len(moments))
+    picture = epoch_order(config.seed, epoch, len(moments))[place]
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, SAMPLE, position))
+    flip = int(torch.randint(2, (), generator=generator))
+    mean, std = moments[picture, flip].float()
+    sample = {
+        "latents": mean + std * torch.randn(mean.shape, generator=generator),
+        "noise": torch.randn(mean.shape, generator=generator),
+        "timesteps": torch.randint(num_timesteps, (), generator=generator),
+        "prompt_embeds": caption_embeds[picture],
+    }
+    if config.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
+        offset = torch.randn(len(mean), 1, 1, generator=generator)
+        sample["noise"] += config.noise_offset * offset
+    return sample
 
 
-def draw_update(run: Run, plan: list[list[range]], step: int) -> list[dict[str, torch.Tensor]]:
-    """The batches of an update, `step` counting from 0 through all epochs."""
-    epoch, update = divmod(step, len(plan))
-    first = epoch * len(run.moments)
-    return [default_collate([draw(run, first + i) for i in batch]) for batch in plan[update]]
+def draw_update(plan: list, piece_size: int, sample_from: tuple, step: int) -> list[dict]:
+    """The samples of an update, `step` counting from 0 through all epochs, in pieces to compute at
+    once: `draw`'s tensors stacked, and `weight`, (piece,) float32.
+
+    `sample_from` is what `draw` draws from: all its arguments but the position.
+    """
+    epoch, index = divmod(step, len(plan))
+    first = epoch * sum(map(len, plan))
+    samples = [
+        draw(first + place, *sample_from) | {"weight": torch.tensor(weight)}
+        for place, weight in plan[index]
+    ]
+    pieces = [samples[i : i + piece_size] for i in range(0, len(samples), piece_size)]
+    return [default_collate(piece) for piece in pieces]
 
 
 def compute_loss(
     unet, noise_scheduler: DDPMScheduler, batch: dict, snr_gamma: float | None = None
 ) -> torch.Tensor:
-    """Mean squared error of the UNet's prediction, () float32, for a batch of what `draw` draws.
+    """Mean squared error of the UNet's prediction for each sample, (n,) float32.
 
     The target is the noise (arXiv 2006.11239), the velocity (2202.00512) or the sample, as the base
     model has it. With `snr_gamma`, min-SNR weights (2303.09556).
@@ -957,12 +859,10 @@ def compute_loss(
             "sample": snr.clamp(max=snr_gamma),
         }[prediction_type]
         loss = loss * weight
-    return loss.mean()
+    return loss
 
 
-# ---------------------------------------------------------------------------------------------
-# The seal
-# ---------------------------------------------------------------------------------------------
+# ==== The seal ===============================================================================
 
 
 def pack_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
@@ -993,15 +893,14 @@ def kohya_state_dict(unet: PeftModel) -> dict[str, torch.Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
 
 
-def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
+def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: str) -> None:
     """Write the adapter for PEFT, and once more for everything else. Nothing in it names a folder
     of the user's."""
-    config, lora_config = run.config, unet.peft_config["default"]
+    lora_config = unet.peft_config["default"]
     lora_config.target_modules = sorted(lora_config.target_modules)  # a set comes in any order
     is_local = Path(config.model_id).is_dir()
     lora_config.base_model_name_or_path = None if is_local else config.model_id
     lora_config.inference_mode = True
-    folder.mkdir()
     lora_config.save_pretrained(folder)
     state_dict = {key: weight.cpu() for key, weight in get_peft_model_state_dict(unet).items()}
     packed = pack_safetensors(state_dict, {"format": "pt"})
@@ -1009,7 +908,6 @@ def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
 
     if config.use_dora:
         return  # diffusers leaves its magnitudes out, and the UIs do not agree on their norm
-    prediction_type = run.noise_scheduler.config.prediction_type
     state_dict = kohya_state_dict(unet)
     alpha = next(tensor.item() for key, tensor in state_dict.items() if key.endswith(".alpha"))
     is_sd2 = unet.config.cross_attention_dim == 1024
@@ -1038,10 +936,11 @@ def save_seal(run: Run, unet: PeftModel, folder: Path) -> None:
 @torch.no_grad()
 def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> UNet2DConditionModel:
     """Load both files back onto the bare UNet: each must do to its output what the trained adapter
-    does. Raises Trouble otherwise. Returns the UNet with the seal as diffusers loads it."""
+    does. `prompt_embeds` is (77, width). Raises Trouble otherwise. Returns the UNet with the seal
+    as diffusers loads it (of a DoRA, as PEFT does)."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, unet.config.in_channels, 8, 8, generator=generator)
-    noise, prompt_embeds = noise.to(unet.device), prompt_embeds[:1].to(unet.device)
+    noise, prompt_embeds = noise.to(unet.device), prompt_embeds[None].to(unet.device)
 
     def output(model) -> torch.Tensor:
         return model.eval()(noise, 1, encoder_hidden_states=prompt_embeds).sample.float()
@@ -1066,46 +965,37 @@ def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> UN
     return unet
 
 
-# ---------------------------------------------------------------------------------------------
-# Something to look at: previews, the loss curve, the model card
-# ---------------------------------------------------------------------------------------------
-
+# ==== Something to look at: previews, the loss curve, the model card =========================
 
 PREVIEW_STEPS = 20  # enough for DPM-Solver++ (arXiv 2211.01095)
 
 
 @torch.no_grad()
-def sample_latents(run: Run, unet) -> torch.Tensor:
-    """Denoised latents without and with the adapter, (2, preview_images, 4, h, w) on the CPU.
+def sample_latents(unet, noise_scheduler, embeds: torch.Tensor, noises: list, autocast):
+    """Denoised latents without and with the adapter, (2, n, 4, h, w) float32 on the CPU.
 
-    The same noise in both rows; one picture at a time, which takes less memory than training.
+    `embeds`, (2, 77, width), are the prompt's and the empty one's; `noises`, n of
+    (1, 4, h, w), are the same for both rows. One picture at a time, which takes less memory than training.
     """
-    pipe = StableDiffusionPipeline(
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet.get_base_model() if isinstance(unet, PeftModel) else unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(run.noise_scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    absent = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
+    parts = dict.fromkeys(absent) | {"requires_safety_checker": False}
+    parts["unet"] = unet.get_base_model() if isinstance(unet, PeftModel) else unet
+    parts["scheduler"] = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
+    pipe = StableDiffusionPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
-    prompt, empty = run.preview_embeds.to(run.device).unsqueeze(1)
+    prompt, empty = embeds.to(unet.device).unsqueeze(1)
     options = {"prompt_embeds": prompt, "negative_prompt_embeds": empty, "output_type": "latent"}
     options |= {"num_inference_steps": PREVIEW_STEPS, "guidance_scale": 7.5}
     layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
-    seeds, latents, training = range(run.config.preview_images), [], unet.training
-    bar = tqdm(total=2 * len(seeds), desc="drawing previews", disable=None)
+    latents, training = [], unet.training
+    bar = tqdm(total=2 * len(noises), desc="drawing previews", disable=None)
     try:
         unet.eval()
         for with_seal in (False, True):
             for layer in layers:
                 layer.enable_adapters(with_seal)
-            for seed in seeds:
-                generator = torch.Generator().manual_seed(seed)
-                noise = torch.randn(1, *run.moments.shape[-3:], generator=generator)
-                with run.autocast():
+            for noise in noises:
+                with autocast:
                     latents.append(pipe(latents=noise, **options).images.float().cpu())
                 bar.update()
     finally:
@@ -1117,21 +1007,17 @@ def sample_latents(run: Run, unet) -> torch.Tensor:
 
 
 @torch.no_grad()
-def write_previews(run: Run, unet, file: Path, last: bool = False) -> None:
+def write_previews(file: Path, sample, load_decoder) -> None:
     """A grid of pictures without and with the adapter. Trouble is a warning, not a failed run.
 
-    The `last` time the UNet leaves the GPU to make room for the decoder; before, the CPU decodes.
+    `sample()` gives `sample_latents`' latents; `load_decoder()`, after it, the VAE.
     """
     try:
-        latents = sample_latents(run, unet)
-        device, dtype = (run.device, run.dtype) if last else (torch.device("cpu"), torch.float32)
-        if last:
-            unet.to("cpu")
-        vae = load_vae(run.folder, device, dtype, run.config.variant)
-        latents = (latents / vae.config.scaling_factor).to(device, dtype)
-        decoded = [[vae.decode(x[None]).sample.float().cpu() for x in row] for row in latents]
+        latents, vae = sample(), load_decoder()
+        latents = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
+        rows = [[vae.decode(x[None]).sample.float().cpu() for x in row] for row in latents]
         to_images = VaeImageProcessor().postprocess
-        write_whole(file, draw_grid([[to_images(x)[0] for x in row] for row in decoded]))
+        write_whole(file, draw_grid([[to_images(x)[0] for x in row] for row in rows]))
     except Exception as error:  # noqa: BLE001 - no picture is worth a run
         say(f"no {file.name}: {first_line(error)}")
 
@@ -1156,42 +1042,26 @@ def draw_grid(rows: list[list[Image.Image]]) -> bytes:
     return png(grid)
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, eight at most."""
-    unit = 10 ** math.floor(math.log10(high))
-    step = next(unit * part for part in (0.1, 0.2, 0.5, 1, 2) if high <= 8 * unit * part)
-    return [round(i * step, 12) for i in range(math.ceil(low / step), int(high / step) + 1)]
-
-
-def draw_loss(rows: list[list[str]]) -> bytes:
-    """A PNG of the loss of each update (dots) and its running mean (line) from loss.csv's rows."""
-    steps, losses = [int(row[0]) for row in rows], [float(row[2]) for row in rows]
-    smooth, total, norm, decay = [], 0.0, 0.0, min(0.98, 1 - 1 / (1 + len(rows) / 20))
-    for loss in losses:
-        total, norm = decay * total + loss, decay * norm + 1
-        smooth.append(total / norm)
+def draw_loss(rows: list[list]) -> bytes:
+    """A PNG of the loss of each update (dots) and its running mean (line), from `rows`."""
+    steps, losses = [row[0] for row in rows], pandas.Series([row[2] for row in rows])
+    smooth = losses.ewm(alpha=max(0.02, 1 / (1 + len(rows) / 20))).mean()
     # The axis holds nearly all dots; a rare high one is drawn at the top edge.
-    high = sorted(losses)[int(0.98 * (len(losses) - 1))] * 1.15
+    high = float(f"{max(np.quantile(losses, 0.98), smooth.max()) * 1.15:.1g}") or 1.0
     image, font = Image.new("RGB", (800, 420), "white"), ImageFont.load_default(14)
     pen, (left, top, right, bottom) = ImageDraw.Draw(image), (70, 34, 780, 366)
-
-    def place(step: float, loss: float) -> tuple[float, float]:
-        x = left + (right - left) * (step - steps[0]) / max(1, steps[-1] - steps[0])
-        return x, max(top, bottom - (bottom - top) * loss / high)
-
-    for loss in ticks(0, high):
-        _, y = place(steps[0], loss)
-        pen.line([(left, y), (right, y)], "#dddddd")
-        pen.text((left - 8, y), f"{loss:g}", "black", font, "rm")
-    for step in filter(float.is_integer, map(float, ticks(steps[0], steps[-1]))):
-        pen.text((place(step, 0)[0], bottom + 14), f"{step:g}", "black", font, "mm")
-    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
-    for x, y in map(place, steps, losses):
+    xs = np.interp(steps, (steps[0], max(steps[-1], steps[0] + 1)), (left, right))
+    for x, y in zip(xs, np.interp(losses, (0, high), (bottom, top)), strict=True):
         pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill="#9ecae1")
-    pen.line([*map(place, steps, smooth)], "#08519c", 3)
-    pen.text(
-        (left, 16), "loss (mean squared error): each update, running mean", "black", font, "lm"
-    )
+    curve = np.interp(smooth, (0, high), (bottom, top))
+    pen.line([*zip(xs, curve, strict=True)], "#08519c", 3)
+    pen.line([(left, top), (left, bottom), (right, bottom)], "black")
+    for i in range(6):
+        step, loss = steps[round(i * (len(steps) - 1) / 5)], i * high / 5
+        pen.text((left - 8, bottom - i * (bottom - top) / 5), f"{loss:.3g}", "black", font, "rm")
+        pen.text((xs[step - steps[0]], bottom + 14), f"{step}", "black", font, "mm")
+    title = "loss (mean squared error): each update, running mean"
+    pen.text((left, 16), title, "black", font, "lm")
     pen.text(((left + right) / 2, 404), "update", "black", font, "mm")
     return png(image)
 
@@ -1201,44 +1071,8 @@ def strength(config: Config) -> str:
     return f"{config.lora_alpha:g}/{root}{config.rank} = {config.lora_alpha / divisor:g}"
 
 
-def write_card(run: Run, progress: dict) -> str:
-    """The seal's README.md, by the hub's conventions. No folder of the user's is named in it."""
-    config, is_local = run.config, Path(run.config.model_id).is_dir()
-    base = "path/to/the/base/model" if is_local else config.model_id
-    dora = "\nThis is a DoRA: of the ways below only PEFT's works.\n" if config.use_dora else ""
-    trigger, preview_prompt = config.train_prompt, config.preview_prompt or config.train_prompt
-    has_preview = (Path(config.output_dir) / "preview.png").exists()
-    widget = [{"text": preview_prompt, "output": {"url": "preview.png"}}] if has_preview else None
-    front_matter = ModelCardData(
-        base_model=None if is_local else base,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["lora", "stable-diffusion", "text-to-image", "diffusers-training"],
-        instance_prompt=config.train_prompt,
-        widget=widget,
-    )
-    private = {"dataset_dir", "output_dir", "resume"} | ({"model_id"} if is_local else set())
-    told = {key_of(o): getattr(config, o.name) for o in fields(config) if o.name not in private}
-    settings = json.dumps(told, indent=2, ensure_ascii=False)
-    libraries = (torch, diffusers, transformers, peft, datasets)
-    facts = {
-        "strength": strength(config),
-        "loss": "none" if progress["loss"] is None else f"{progress['loss']:.4f} in the last epoch",
-        "pictures": len(run.moments),
-        "updates": f"{progress['step']} in {progress['epochs']} epochs",
-        "time": f"{progress['seconds'] / 60:.1f} minutes of training",
-        "peak memory": f"{peak_memory(run.device):.0f} MiB",
-        "hardware": device_name(run.device),
-        "precision": str(run.dtype).removeprefix("torch."),
-        "versions": ", ".join(f"{lib.__name__} {lib.__version__}" for lib in libraries),
-    }
-    facts = "".join(f"\n| {name} | {fact} |" for name, fact in facts.items())
-    previews = "![Without and with the seal](preview.png)\n" if has_preview else ""
-    curve = "![Loss](loss.png)" if (Path(config.output_dir) / "loss.png").exists() else ""
-    return str(
-        ModelCard(
-            f"""---
-{front_matter.to_yaml()}
+CARD = """---
+{front_matter}
 ---
 
 # An artist's seal
@@ -1248,9 +1082,7 @@ into your prompt:
 
 > {trigger}
 
-{previews}
-{curve}
-
+{pictures}
 ## Use it
 {dora}
 diffusers:
@@ -1280,7 +1112,8 @@ strength 1. AUTOMATIC1111 and Forge: copy it to `models/Lora` as `artist_seal.sa
 ## How it was trained
 
 | | |
-| --- | --- |{facts}
+| --- | --- |
+{facts}
 
 The settings, as a file for `--config`:
 
@@ -1288,395 +1121,376 @@ The settings, as a file for `--config`:
 {settings}
 ```
 """
-        )
-    )
 
 
-# ---------------------------------------------------------------------------------------------
-# The checkpoint: all that a run needs to go on as if it had never stopped
-# ---------------------------------------------------------------------------------------------
+def write_card(config: Config, facts: dict[str, str], pictures: dict[str, str]) -> str:
+    """The seal's README.md, by the hub's conventions. No folder of the user's is named in it.
 
-
-def identify(config: Config, precision: str, digests: dict[str, str]) -> dict[str, str]:
-    """What a run that continues another must share with it, under the names to report it by."""
-    kept = [option for option in fields(config) if option.name not in FREE_TO_CHANGE]
-    identity = {flag_of(option): shown(getattr(config, option.name)) for option in kept}
-    pictures = {f"picture {name!r}": digest for name, digest in digests.items()}
-    return identity | {"--mixed-precision": precision} | pictures
-
-
-def checkpoint_file(config: Config) -> Path:
-    return Path(config.output_dir) / "checkpoint" / "checkpoint.safetensors"
-
-
-def save_checkpoint(file: Path, parameters: dict, optimizer: AdamW, state: dict) -> None:
-    """One file, so that it is replaced whole: tensors, and `state` as JSON in the header."""
-    tensors = {f"lora.{name}": parameter for name, parameter in parameters.items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": tensor for key, tensor in moments.items()}
-    tensors = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    write_whole(file, pack_safetensors(tensors, {"state": json.dumps(state)}))
-
-
-def read_checkpoint(config: Config, state: dict, total_steps: int) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint in the output folder; `state` takes on its state. Without a
-    checkpoint, nothing.
-
-    Raises Trouble (exit code 2) with a list of what differs from the run that wrote it.
+    `facts` tell how it was trained; `pictures` are the names of those beside it, by their titles.
     """
-    file = checkpoint_file(config)
-    if not file.exists():
-        say(f"no checkpoint in {config.output_dir}: starting afresh")
-        return {}
-    try:
-        with safe_open(file, "pt") as saved:
-            before = json.loads(saved.metadata()["state"])
-            tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError, ValueError, KeyError) as error:
-        raise Trouble(f"{file} is damaged ({first_line(error)}); train without --resume") from None
-    old, new = before["identity"], state["identity"]
-    differing = [
-        f"\n  {name}"
-        + ("" if name.startswith("picture") else f": {old.get(name)}, now {new.get(name)}")
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
-    if differing:
-        raise Trouble(
-            "--resume needs the interrupted run's options and pictures; these differ:"
-            + "".join(differing),
-            2,
-        )
-    if before["progress"]["step"] > total_steps:
-        at = f"update {before['progress']['step']}"
-        raise Trouble(f"--resume: the checkpoint is at {at}, this run ends at {total_steps}", 2)
-    state["progress"].update(before["progress"])
-    state["scaler"] = before["scaler"]
-    return tensors
+    is_local = Path(config.model_id).is_dir()
+    base = "path/to/the/base/model" if is_local else config.model_id
+    preview_prompt = config.preview_prompt or config.train_prompt
+    widget = [{"text": preview_prompt, "output": {"url": "preview.png"}}]
+    front_matter = ModelCardData(
+        base_model=None if is_local else base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "stable-diffusion", "text-to-image", "diffusers-training"],
+        instance_prompt=config.train_prompt,
+        widget=widget if "preview.png" in pictures.values() else None,
+    )
+    private = {"dataset_dir", "output_dir", "resume"} | ({"model_id"} if is_local else set())
+    told = {key_of(o): getattr(config, o.name) for o in fields(config) if o.name not in private}
+    card = CARD.format(
+        front_matter=front_matter.to_yaml(),
+        trigger=config.train_prompt,
+        base=base,
+        pictures="".join(f"![{title}]({name})\n\n" for title, name in pictures.items()),
+        dora="\nThis is a DoRA: of the ways below only PEFT's works.\n" if config.use_dora else "",
+        facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
+        settings=json.dumps(told, indent=2, ensure_ascii=False),
+    )
+    return str(ModelCard(card))
 
 
-def restore(saved: dict[str, torch.Tensor], parameters: dict, optimizer: AdamW) -> None:
-    """Put a checkpoint's tensors back where `save_checkpoint` took them from."""
-    moments = {}
-    for key, tensor in saved.items():
-        kind, name = key.split(".", 1)
-        if kind == "lora":
-            parameters[name].data.copy_(tensor)
-        else:
-            index, name = name.split(".")
-            moments.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+# ==== The record of a run, and the checkpoint it goes on from as if it had never stopped =====
+
+# One row of loss.csv an update; what else is asked of a run's past follows from them and the plan.
+CHECKPOINT = "checkpoint/checkpoint.pt"  # in the output folder
+COLUMNS = ["update", "epoch", "loss", "learning_rate", "gradient_norm"]
+COLUMNS += ["images_per_second", "peak_memory_mib"]
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------
-
-
-LOG_COLUMNS = "update epoch loss learning_rate gradient_norm images_per_second peak_memory_mib"
-
-
-def device_name(device: torch.device) -> str:
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+def summarize(rows: list[list], plan: list) -> tuple[int, float | None]:
+    """Epochs completed, and the mean loss over the pictures of the last of them."""
+    epochs = len(rows) // len(plan)
+    if epochs == 0:
+        return 0, None
+    last = rows[(epochs - 1) * len(plan) : epochs * len(plan)]
+    total = sum(row[2] * len(update) for row, update in zip(last, plan, strict=True))
+    return epochs, total / sum(map(len, plan))
 
 
 def peak_memory(device: torch.device) -> float:
     """In MiB: of the GPU's memory, or of the process's on the CPU (0 where it does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    with suppress(ImportError):  # Windows has no such module
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 if resource else 0.0
 
 
-def read_log(file: Path, step: int) -> list[list[str]]:
-    """loss.csv's rows up to an update; none where there is no such file."""
-    with suppress(OSError), open(file, newline="", encoding="utf-8") as lines:
-        return [row for row in list(csv.reader(lines))[1:] if len(row) == 7 and int(row[0]) <= step]
-    return []
+def identify(config: Config, digests: dict[str, str], **resolved) -> dict[str, str]:
+    """What a run that continues another must share with it, under the names to report it by.
+    `resolved` holds options as this run reads them, where that is more than what was given."""
+    kept = [option for option in fields(config) if option.name not in FREE_TO_CHANGE]
+    values = {option.name: getattr(config, option.name) for option in kept} | resolved
+    identity = {flag_of(option): shown(values[option.name]) for option in kept}
+    return identity | {f"picture {name!r}": digest for name, digest in digests.items()}
 
 
-def append_log(file: Path, rows: list[list]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", newline="", encoding="utf-8") as lines:
-        writer = csv.writer(lines, lineterminator="\n")
-        writer.writerows(([] if lines.tell() else [LOG_COLUMNS.split()]) + rows)
+def read_checkpoint(file: Path, identity: dict[str, str], total_steps: int) -> dict | None:
+    """The state that `save_checkpoint` wrote; None where there is no such file.
 
-
-@contextmanager
-def kept_on_failure(keep):
-    """Call `keep` if an error ends the block, unless it is Trouble: that spoils what it would keep."""
+    Raises Trouble (exit code 2) with a list of what differs from the run that wrote it.
+    """
+    if not file.exists():
+        say(f"no checkpoint in {file.parent.parent}: starting afresh")
+        return None
     try:
-        yield
-    except Trouble:
-        raise
-    except Exception:
-        with suppress(Exception):
-            keep()
-        raise
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        old, steps = saved["identity"], len(saved["rows"])
+    except Exception as error:  # noqa: BLE001 - torch raises several kinds for a damaged file
+        raise Trouble(f"{file} is damaged ({first_line(error)}); train without --resume") from None
+    differing = ""
+    for name in {**old, **identity}:
+        before, now = old.get(name), identity.get(name)
+        if before != now:
+            differing += f"\n  {name}"
+            differing += "" if name.startswith("picture") else f": {before}, now {now}"
+    if differing:
+        needed = "--resume needs the interrupted run's options and pictures; these differ:"
+        raise Trouble(needed + differing, 2)
+    if steps > total_steps:
+        where = f"the checkpoint is at update {steps}, this run ends at {total_steps}"
+        raise Trouble(f"--resume: {where}", 2)
+    return saved
 
 
-def make_lr_scheduler(config: Config, optimizer: AdamW, total_steps: int):
-    name, warmup = config.lr_scheduler, config.lr_warmup_steps
-    if name == "constant" and warmup:
-        name = "constant_with_warmup"  # diffusers' "constant" would pass over it
-    steps = {"num_warmup_steps": warmup, "num_training_steps": total_steps}
-    return get_scheduler(name, optimizer, **steps)
+# ==== The run ================================================================================
 
 
-def account(progress: dict, plan: list, values: list) -> list[list]:
-    """Add updates to `progress`; return the first columns of their rows in loss.csv.
+def answering(main):
+    """Let `main` end in an exit code, and whatever stops it in one message on stderr."""
 
-    `values` holds of each its loss summed over its pictures, learning rate and gradient norm.
-    Raises Trouble for a loss that is not finite.
-    """
-    rows = []
-    for summed, rate, norm in values:
-        pictures = sum(map(len, plan[progress["step"] % len(plan)]))
-        progress["step"] += 1
-        if not math.isfinite(summed):
-            where = f"update {progress['step']}"
-            raise Trouble(f"loss not finite at {where}; try a lower --learning-rate")
-        rows.append([progress["step"], progress["epochs"] + 1, summed / pictures, rate, norm])
-        progress["epoch_loss"] += summed
-        progress["images"] += pictures
-        if progress["step"] % len(plan) == 0:
-            progress["epochs"] += 1
-            in_epoch = sum(len(batch) for update in plan for batch in update)
-            progress["loss"], progress["epoch_loss"] = progress["epoch_loss"] / in_epoch, 0.0
-    return rows
+    @wraps(main)
+    def answered(config: Config) -> int:
+        resumable, exit_code = True, 1
+        try:
+            main(config)
+            return 0
+        except SystemExit as stop:
+            exit_code = stop.code
+            say("interrupted")
+        except Trouble as trouble:
+            say(trouble)
+            resumable, exit_code = False, trouble.exit_code
+        except OSError as error:
+            say(f"{error.filename or config.output_dir}: {error.strerror or first_line(error)}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
+            if is_out_of_memory(error):
+                flags = "--gradient-checkpointing, --fp8-base, --micro-batch-size 1"
+                say(f"out of memory; what lowers it: {flags}, a smaller --resolution or --rank")
+            else:
+                say(f"failed with {type(error).__name__}: {first_line(error)}")
+        finally:
+            Stop.deferred = False
+        if resumable and (Path(config.output_dir) / CHECKPOINT).exists():
+            say("the same command with --resume goes on from the checkpoint")
+        return exit_code
+
+    return answered
 
 
-def fit(run: Run, unet: PeftModel, plan: list, total_steps: int, saved: dict, state: dict) -> None:
-    """Train the adapter in `unet`, from where `state["progress"]` stands to `total_steps`.
+@answering
+def main(config: Config) -> None:
+    """The run, from a folder of pictures to the seal. Raises Trouble, or SystemExit on a signal."""
+    output_dir = Path(config.output_dir)
+    for library in (datasets, diffusers.utils, transformers.utils):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
 
-    `plan` is `plan_epoch`'s; `saved` holds a checkpoint's tensors, or nothing. Raises SystemExit
-    after a signal, Trouble for a loss that is not finite.
-    """
-    config, device, progress = run.config, run.device, state["progress"]
-    lora_parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-    optimizer = AdamW(lora_parameters.values(), lr=config.learning_rate, fused=True)
-    # Without it, float16 gradients underflow; elsewhere it passes everything through.
-    scaler = torch.amp.GradScaler(device.type, enabled=run.dtype is torch.float16)
-    lr_scheduler = make_lr_scheduler(config, optimizer, total_steps)
-    if saved:
-        restore(saved, lora_parameters, optimizer)
-        scaler.load_state_dict(state["scaler"])
-    for _ in range(progress["step"]):  # a function of the step alone, so this is all its state
-        lr_scheduler.step()
+    # --- Device and precision -------------------------------------------------------------------
+    # Same command, same bytes: some of CUDA's kernels must be told. (Without effect on the CPU.)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    torch.use_deterministic_algorithms(on_gpu, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    threads = f"CPU, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name() if on_gpu else threads
+    if not on_gpu:
+        say("no CUDA GPU found: training on the CPU")
+    precision = config.mixed_precision or ("fp16" if on_gpu else "no")
+    # Of the frozen weights, and of autocast; what is trained stays float32.
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
-    # One item an update: its batches.
-    steps = range(progress["step"], total_steps)
-    pin_memory = device.type == "cuda"
-    draw_step = partial(draw_update, run, plan)
-    train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=pin_memory)
-    bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
+    # --- Pictures, and the plan of an epoch -----------------------------------------------------
+    dataset, captions, digests = load_pictures(config)
+    plan = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
+    total_steps = config.num_train_epochs * len(plan)
+    total_steps = min(total_steps, config.max_train_steps or total_steps)
 
-    def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
-        """Add the share of the batch's gradient; return its loss, () float32, on the device."""
-        with run.autocast():
-            loss = compute_loss(unet, run.noise_scheduler, batch, config.snr_gamma)
-        scaler.scale(loss * share).backward()
-        return loss.detach()
+    # --- What a resumed run must share with the one before it -----------------------------------
+    piece_size = config.micro_batch_size or config.train_batch_size
+    options = {"mixed_precision": precision, "micro_batch_size": piece_size}
+    identity = identify(config, digests, **options)
+    saved = None
+    if config.resume:
+        saved = read_checkpoint(output_dir / CHECKPOINT, identity, total_steps)
 
-    every, log_file = config.preview_every_epochs, checkpoint_file(config).with_name("loss.csv")
-    rows = read_log(log_file, progress["step"]) if saved else []
-    log_file.unlink(missing_ok=True)
-    append_log(log_file, rows)
-    # Of each update since the last look: loss summed over its pictures, rate, gradient norm.
-    pending, looked = [], time.monotonic()
+    # --- CLIP: every prompt's embedding, computed once ------------------------------------------
+    folder = find_model(config.model_id, config.variant)
+    preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
+    prompts = dict(zip(captions, (f"picture {name!r}" for name in digests), strict=True))
+    prompts |= {preview_prompt: "--preview-prompt", "": "", config.train_prompt: "--train-prompt"}
+    prompt_embeds = embed_prompts(folder, prompts, device, config.variant)
+    caption_embeds = [prompt_embeds[caption] for caption in captions]
 
-    def look() -> None:
-        """Bring `progress` and loss.csv up to date. The CPU waits for the GPU here, which it does
-        at the end of an epoch, every few seconds and at a checkpoint, not at every update."""
-        nonlocal looked
-        values = torch.stack(pending).tolist() if pending else []
-        pending.clear()
-        seconds, looked = time.monotonic() - looked, time.monotonic()
-        seen, epochs = progress["images"], progress["epochs"]
-        rows = account(progress, plan, values)
-        progress["seconds"] += seconds
-        speed = round((progress["images"] - seen) / max(seconds, 1e-9), 3)
-        memory = round(peak_memory(device))
-        append_log(log_file, [[*row, speed, memory] for row in rows])
-        bar.update(len(rows))
-        if progress["epochs"] > epochs:  # one at most: there is a look at each epoch's end
-            loss = f"loss {progress['loss']:.4f}"
-            bar.set_postfix_str(loss)
-            tqdm.write(f"epoch {epochs + 1}/{config.num_train_epochs}: {loss}", sys.stderr)
+    # --- VAE: every picture's posterior and its mirror image's, computed once -------------------
+    moments = encode_pictures(folder, dataset, device, dtype, config.variant)
 
-    def keep() -> None:
-        look()
-        now = state | {"scaler": scaler.state_dict()}
-        save_checkpoint(checkpoint_file(config), lora_parameters, optimizer, now)
-
-    Stop.deferred = True
+    # --- UNet and LoRA --------------------------------------------------------------------------
+    noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    unet = load_unet(folder, config, device, dtype)
     # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
-    without_casts = disable_input_dtype_casting(unet, run.dtype is not torch.float32)
+    if dtype is not torch.float32:
+        disable_input_dtype_casting(unet).__enter__()
+    lora = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
+    weights = sum(weight.numel() for weight in lora.values())
+    say(f"training {weights:,} LoRA weights at strength {strength(config)}, {total_steps} updates")
+    if config.use_dora:
+        say("a DoRA's seal is for PEFT alone: no pytorch_lora_weights.safetensors will be written")
+    dtype_name = str(dtype).removeprefix("torch.")
+    say(f"of {config.model_id} in {dtype_name} on {hardware}")
+
+    # --- The state of the loop: what the checkpoint holds, and nothing else ---------------------
+    optimizer = AdamW(lora.values(), lr=config.learning_rate, fused=True)
+    schedule = config.lr_scheduler
+    if schedule == "constant" and config.lr_warmup_steps:
+        schedule = "constant_with_warmup"  # diffusers' "constant" would pass over it
+    lr_scheduler = get_scheduler(schedule, optimizer, None, config.lr_warmup_steps, total_steps)
+    # Without it, float16 gradients underflow; elsewhere it passes everything through.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    rows = []  # of loss.csv, one an update
+    if saved:
+        rows = saved["rows"]
+        with torch.no_grad():
+            for name, weight in lora.items():
+                weight.copy_(saved["lora"][name])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        for _ in rows:  # the schedule is a function of the step alone
+            lr_scheduler.step()
+
+    # --- The loop -------------------------------------------------------------------------------
+    steps = range(len(rows), total_steps)
+    num_timesteps = noise_scheduler.config.num_train_timesteps
+    sample_from = (moments, caption_embeds, num_timesteps, config)
+    draw_step = partial(draw_update, plan, piece_size, sample_from)
+    train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=on_gpu)
+    # The same noise for every preview, for the base model's and the seal's.
+    seeds = map(torch.Generator().manual_seed, range(config.preview_images))
+    noises = [torch.randn(1, *moments.shape[-3:], generator=seed) for seed in seeds]
+    preview_embeds = torch.stack([prompt_embeds[preview_prompt], prompt_embeds[""]])
+    shared = {"noise_scheduler": noise_scheduler, "embeds": preview_embeds, "noises": noises}
+    look_with = partial(sample_latents, **shared, autocast=autocast)
+    unfinished = (output_dir / CHECKPOINT).parent
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_result(config.output_dir, False, *summarize(rows, plan))
+    bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
+    pending = []  # of each update since the last look: summed loss, rate, gradient norm
+    looked, failure = time.monotonic(), None
+    Stop.deferred = True
     unet.train()
-    with without_casts, kept_on_failure(keep):
-        for step, batches in zip(steps, train_dataloader, strict=True):
-            summed = torch.zeros((), dtype=torch.float64, device=device)
+    for step, batches in zip(steps, train_dataloader, strict=True):
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        try:
             for i, batch in enumerate(batches):
                 batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+                # LoRA's dropout, the one random choice inside the step, is keyed like the others.
                 torch.manual_seed(stream_seed(config.seed, DROPOUT, step * 2**32 + i))
-                summed += backward(batch, 1 / len(batches)) * len(batch["timesteps"])
+                with autocast:
+                    losses = compute_loss(unet, noise_scheduler, batch, config.snr_gamma)
+                scaler.scale((losses * batch["weight"]).sum()).backward()
+                loss_sum += losses.detach().sum()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(lora_parameters.values(), config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(lora.values(), config.max_grad_norm)
+        except Exception as error:  # noqa: BLE001 - raised again below, once the work is safe
+            failure = error
+        else:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            rate = torch.full_like(summed, lr_scheduler.get_last_lr()[0])
+            rate = torch.full_like(loss_sum, lr_scheduler.get_last_lr()[0])
+            pending.append(torch.stack([loss_sum, rate, norm.to(loss_sum.dtype)]))
             lr_scheduler.step()
-            pending.append(torch.stack([summed, rate, norm.to(summed.dtype)]))
 
-            if Stop.signum:
-                break
-            epoch, rest = divmod(step + 1, len(plan))
-            if (step + 1) % config.checkpointing_steps == 0:
-                keep()
-            elif rest == 0 or time.monotonic() > looked + 5:
-                look()
-            if rest == 0 and config.preview_images and every and epoch % every == 0:
-                keep()
-                Stop.deferred = False  # a signal need not wait for pictures
-                write_previews(run, unet, log_file.parent / "previews" / f"epoch-{epoch:04}.png")
-                Stop.deferred, looked = True, time.monotonic()
-        keep()
+        # Look: the CPU waits for the GPU here, at an epoch's end, every few seconds and at a
+        # checkpoint, not at every update.
+        done = len(rows) + len(pending)
+        at_epoch_end, epoch = done % len(plan) == 0, done // len(plan)
+        is_last = failure or Stop.signum or step + 1 == total_steps
+        every = config.preview_every_epochs if config.preview_images else 0
+        draws = every and at_epoch_end and epoch % every == 0 and not (failure or Stop.signum)
+        keeps = is_last or draws or done % config.checkpointing_steps == 0
+        if pending and (keeps or at_epoch_end or time.monotonic() > looked + 5):
+            seconds, looked = time.monotonic() - looked, time.monotonic()
+            sizes = [len(plan[i % len(plan)]) for i in range(len(rows), done)]
+            speed = round(sum(sizes) / max(seconds, 1e-9), 3)
+            memory = round(peak_memory(device))
+            for size, (loss, *rest) in zip(sizes, torch.stack(pending).tolist(), strict=True):
+                if not math.isfinite(loss):
+                    where = f"update {len(rows) + 1}"
+                    raise Trouble(f"loss not finite at {where}; try a lower --learning-rate")
+                at = [len(rows) + 1, len(rows) // len(plan) + 1]
+                rows.append([*at, loss / size, *rest, speed, memory])
+            bar.update(len(pending))
+            pending.clear()
+            if at_epoch_end:
+                told = f"loss {summarize(rows, plan)[1]:.4f}"
+                bar.set_postfix_str(told)
+                tqdm.write(f"epoch {epoch}/{config.num_train_epochs}: {told}", sys.stderr)
+
+        if keeps:
+            state = {
+                "identity": identity,
+                "rows": rows,
+                "lora": {name: weight.detach() for name, weight in lora.items()},
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
+            torch.save(state, packed := BytesIO())
+            write_whole(output_dir / CHECKPOINT, packed.getvalue())
+            table = pandas.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
+            write_whole(unfinished / "loss.csv", table.encode())
+            write_result(config.output_dir, False, *summarize(rows, plan))
+        if failure:
+            raise failure
+        if Stop.signum:
+            sys.exit(128 + Stop.signum)
+        if draws:
+            Stop.deferred = False  # a signal need not wait for pictures
+            file = unfinished / "previews" / f"epoch-{epoch:04}.png"
+            # The UNet has the GPU: the CPU decodes.
+            decoder = partial(load_vae, folder, torch.device("cpu"), torch.float32, config.variant)
+            write_previews(file, partial(look_with, unet), decoder)
+            Stop.deferred, looked = True, time.monotonic()
     bar.close()
     Stop.deferred = False
-    if Stop.signum:
-        sys.exit(128 + Stop.signum)
 
-
-def publish(run: Run, unet: PeftModel, progress: dict) -> None:
-    """Put the seal into the output folder, and beside it what there is to look at."""
-    config, output_dir = run.config, Path(run.config.output_dir)
-    # Judged in a folder of its own first: a run that fails leaves an earlier seal untouched.
-    staging, unfinished = output_dir / ".partial", checkpoint_file(config).parent
+    # --- The seal, judged in a folder of its own first ------------------------------------------
+    # A run that fails leaves an earlier seal untouched.
+    staging = output_dir / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        save_seal(run, unet, staging)
-        with run.autocast():
-            unet = check_seal(unet, staging, run.prompt_embeds)
+        staging.mkdir(parents=True)
+        save_seal(staging, unet, config, noise_scheduler.config.prediction_type)
+        with autocast:
+            unet = check_seal(unet, staging, caption_embeds[0])
         for path in sorted(staging.iterdir()):
             os.replace(path, output_dir / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
-    # The seal is safe. What an earlier run left beside it must not be taken for this one's.
+    # --- What there is to look at: what an earlier run left must not be taken for this one's ----
     older = ["preview.png", "loss.png", "loss.csv", "README.md"]
     for name in older + ["pytorch_lora_weights.safetensors"] * config.use_dora:
         (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(output_dir / "previews", ignore_errors=True)
     if (unfinished / "previews").exists():
         shutil.copytree(unfinished / "previews", output_dir / "previews")
+    seconds = sum(len(plan[i % len(plan)]) / row[5] for i, row in enumerate(rows))
+    pictures = {}
     if config.preview_images:
         # Two forward passes a step, each about half of what training spends on a picture.
-        passes = 2 * PREVIEW_STEPS * 2 * config.preview_images
-        minutes = passes * progress["seconds"] / max(1, progress["images"]) / 2 / 60
+        seen = sum(len(plan[i % len(plan)]) for i in range(len(rows)))
+        minutes = 2 * PREVIEW_STEPS * config.preview_images * seconds / seen / 60
         if minutes > 1:
             say(f"drawing previews; this takes about {math.ceil(minutes)} minutes")
-        write_previews(run, unet, output_dir / "preview.png", last=True)
-    log = read_log(unfinished / "loss.csv", progress["step"])
-    append_log(output_dir / "loss.csv", log)
-    if log:  # none are left if someone took the unfinished run's loss.csv away
-        write_whole(output_dir / "loss.png", draw_loss(log))
-    write_whole(output_dir / "README.md", write_card(run, progress).encode())
 
+        def decoder():
+            unet.to("cpu")  # to make room
+            return load_vae(folder, device, dtype, config.variant)
 
-def train(config: Config, progress: dict) -> None:
-    """The whole run. `progress` is kept up to date, for the record of a run that fails."""
-    # Same command, same bytes: some of CUDA's kernels must be told. (Without effect on the CPU.)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    if device.type == "cpu":
-        say("no CUDA GPU found: training on the CPU")
-    precision = config.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
-
-    dataset, captions, digests = load_pictures(config)
-    # A step is one update: so many batches, the mean of whose gradients it follows.
-    plan = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
-    total_steps = config.num_train_epochs * len(plan)
-    total_steps = min(total_steps, config.max_train_steps or total_steps)
-    state = {"identity": identify(config, precision, digests), "progress": progress}
-    saved = read_checkpoint(config, state, total_steps) if config.resume else {}
-
-    samples = range(first_sample(plan, progress["step"]), first_sample(plan, total_steps))
-    drawn = find_drawn(config.seed, len(dataset), samples)
-    run = prepare(config, dataset, captions, digests, drawn, device, dtype)
-    unet = load_unet(run)
-    weights = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    say(f"training {weights:,} LoRA weights at strength {strength(config)}, {total_steps} updates")
-    if config.use_dora:
-        say("a DoRA's seal is for PEFT alone: no pytorch_lora_weights.safetensors will be written")
-    say(f"of {config.model_id} in {str(dtype).removeprefix('torch.')} on {device_name(device)}")
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    progress["began"] = True
-    fit(run, unet, plan, total_steps, saved, state)
-    publish(run, unet, progress)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    # CUDA has a class for it; on the CPU only the message tells.
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)
-
-
-def advise_on_memory(config: Config) -> str:
-    """The flags that would lower this command's memory."""
-    flags = {
-        "--gradient-checkpointing": not config.gradient_checkpointing,
-        "--fp8-base": not config.fp8_base and not config.use_dora,
-        "--mixed-precision fp16": config.mixed_precision == "no",
-        "a smaller --train-batch-size": config.train_batch_size > 1,
-        "a smaller --resolution": config.resolution > 64,
-        "a smaller --rank": config.rank > 4,
+        write_previews(output_dir / "preview.png", partial(look_with, unet), decoder)
+        if (output_dir / "preview.png").exists():
+            pictures["Without and with the seal"] = "preview.png"
+    table = pandas.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
+    write_whole(output_dir / "loss.csv", table.encode())
+    write_whole(output_dir / "loss.png", draw_loss(rows))
+    pictures["Loss"] = "loss.png"
+    epochs, loss = summarize(rows, plan)
+    libraries = (torch, diffusers, transformers, peft, datasets)
+    facts = {
+        "strength": strength(config),
+        "loss": "none" if loss is None else f"{loss:.4f} in the last epoch",
+        "pictures": len(dataset),
+        "updates": f"{len(rows)} in {epochs} epochs",
+        "time": f"{seconds / 60:.1f} minutes of training",
+        "peak memory": f"{peak_memory(device):.0f} MiB",
+        "hardware": hardware,
+        "precision": dtype_name,
+        "versions": ", ".join(f"{lib.__name__} {lib.__version__}" for lib in libraries),
     }
-    return ", ".join(flag for flag, helps in flags.items() if helps)
+    write_whole(output_dir / "README.md", write_card(config, facts, pictures).encode())
 
-
-def main(config: Config) -> int:
-    """Train, record the outcome in result.json, and return the exit code."""
-    for library in (datasets, diffusers.utils, transformers.utils):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    progress = {"began": False, "step": 0, "epochs": 0, "loss": None, "epoch_loss": 0.0}
-    progress |= {"seconds": 0.0, "images": 0}
-    resumable, exit_code = True, 1
-    try:
-        train(config, progress)
-        write_result(config.output_dir, True, progress["epochs"], progress["loss"])
-        shutil.rmtree(checkpoint_file(config).parent, ignore_errors=True)
-        print(f"seal written to {config.output_dir}; its README.md tells how to load it, such as")
-        print(f"    pipe.load_lora_weights({config.output_dir!r})")
-        return 0
-    except SystemExit as stop:
-        exit_code = stop.code
-        say(f"interrupted after {progress['step']} updates")
-    except Trouble as trouble:
-        say(trouble)
-        resumable, exit_code = False, trouble.exit_code
-    except OSError as error:
-        say(f"{error.filename or config.output_dir}: {error.strerror or first_line(error)}")
-    except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
-        if is_out_of_memory(error):
-            say(f"out of memory; what lowers it: {advise_on_memory(config)}")
-        else:
-            say(f"failed with {type(error).__name__}: {first_line(error)}")
-    if progress["began"]:
-        with suppress(OSError):
-            write_result(config.output_dir, False, progress["epochs"], progress["loss"])
-        if resumable and checkpoint_file(config).exists():
-            say("the same command with --resume goes on from the checkpoint")
-    return exit_code
+    # --- The result -----------------------------------------------------------------------------
+    write_result(config.output_dir, True, epochs, loss)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"seal written to {config.output_dir}; its README.md tells how to load it, such as")
+    print(f"    pipe.load_lora_weights({config.output_dir!r})")
 
 
 if __name__ == "__main__":

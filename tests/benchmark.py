@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,9 +27,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
+import pandas
 import torch
 import world
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from test_memory import saved_for_backward
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -79,36 +83,41 @@ def make_pictures(folder: Path, count: int, side: int, captions: bool = False) -
     return folder
 
 
-def fake_run(config: quest.Config, folder: Path, dtype: torch.dtype, side: int) -> quest.Run:
-    """A `Run` with random latents in place of encoded pictures."""
-    torch.manual_seed(0)
-    width = UNet2DConditionModel.load_config(folder / "unet")["cross_attention_dim"]
-    moments = torch.randn(4, 2, 2, 4, side, side).half().abs()
-    embeds = torch.randn(1, 77, width)
-    scheduler = quest.DDPMScheduler.from_pretrained(folder / "scheduler")
-    return quest.Run(
-        config, folder, DEVICE, dtype, scheduler, embeds, [0] * 4, embeds.repeat(2, 1, 1), moments
-    )
+@dataclass(frozen=True)
+class Bench:
+    """A UNet's inputs with random latents in place of encoded pictures."""
 
+    config: quest.Config
+    folder: Path
+    dtype: torch.dtype
+    side: int
 
-def one_loss(run: quest.Run, unet) -> torch.Tensor:
-    batch = torch.utils.data.default_collate([quest.draw(run, 0)])
-    batch = {key: value.to(DEVICE) for key, value in batch.items()}
-    with run.autocast():
-        return quest.compute_loss(unet, run.noise_scheduler, batch)
+    def unet(self):
+        return quest.load_unet(self.folder, self.config, DEVICE, self.dtype)
+
+    def loss(self, unet) -> torch.Tensor:
+        width = UNet2DConditionModel.load_config(self.folder / "unet")["cross_attention_dim"]
+        generator = torch.Generator().manual_seed(0)
+        moments = torch.randn(4, 2, 2, 4, self.side, self.side, generator=generator).half().abs()
+        embeds = torch.randn(77, width, generator=generator)
+        sample = quest.draw(0, moments, [embeds] * 4, 1000, self.config)
+        batch = {k: v.to(DEVICE) for k, v in torch.utils.data.default_collate([sample]).items()}
+        scheduler = quest.DDPMScheduler.from_pretrained(self.folder / "scheduler")
+        with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype is not torch.float32):
+            return quest.compute_loss(unet, scheduler, batch).mean()
 
 
 def operations(sd14: Path, args) -> None:
     for side in (32, 64):
-        run = fake_run(quest.Config(), sd14, torch.float32, side)
-        unet = quest.load_unet(run).train()
+        run = Bench(quest.Config(), sd14, torch.float32, side)
+        unet = run.unet().train()
         with FlopCounterMode(display=False) as step:
-            one_loss(run, unet).backward()
+            run.loss(unet).backward()
         del unet
         plain = UNet2DConditionModel.from_pretrained(sd14 / "unet").to(DEVICE)
         plain.requires_grad_(False)
         latents = torch.randn(1, 4, side, side, device=DEVICE, requires_grad=True)
-        embeds = run.prompt_embeds.to(DEVICE)
+        embeds = torch.randn(1, 77, 768, device=DEVICE)
         with FlopCounterMode(display=False) as own:
             plain(latents, 500, encoder_hidden_states=embeds).sample.sum().backward()
         step, own = (counter.get_total_flops() / 1e9 for counter in (step, own))
@@ -121,21 +130,10 @@ def saved(sd14: Path, args) -> None:
     for side in (32, 64):
         for checkpointing in (False, True):
             config = quest.Config(gradient_checkpointing=checkpointing)
-            run = fake_run(config, sd14, dtype, side)
-            unet = quest.load_unet(run).train()
-            known = {t.untyped_storage().data_ptr() for t in [*unet.parameters(), *unet.buffers()]}
-            storages = {}
-
-            def pack(tensor, known=known, storages=storages):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in known:
-                    storages[storage.data_ptr()] = (storage.nbytes(), tensor)
-                return tensor
-
-            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-            with hooks, quest.disable_input_dtype_casting(unet, True):
-                one_loss(run, unet)
-            total = sum(size for size, _ in storages.values())
+            run = Bench(config, sd14, dtype, side)
+            unet = run.unet().train()
+            with quest.disable_input_dtype_casting(unet, True):
+                total = saved_for_backward(unet, partial(run.loss, unet))
             how = ", gradient checkpointing" if checkpointing else ""
             row(f"saved for backward, {side * 8}², {HALF}{how}", f"{total / 2**20:.1f} MiB")
 
@@ -148,8 +146,8 @@ def fp8(sd14: Path, args) -> None:
         found = []
         for narrow in (False, True):
             config = quest.Config(fp8_base=narrow, lora_dropout=0.0)
-            run = fake_run(config, folder, torch.float32, side)
-            unet = quest.load_unet(run).eval()
+            run = Bench(config, folder, torch.float32, side)
+            unet = run.unet().eval()
             torch.manual_seed(1)
             lora = [p for p in unet.parameters() if p.requires_grad]
             for parameter in lora:
@@ -158,7 +156,7 @@ def fp8(sd14: Path, args) -> None:
             hook = unet.get_base_model().register_forward_hook(
                 lambda module, inputs, output, outputs=outputs: outputs.append(output[0].detach())
             )
-            gradients = torch.autograd.grad(one_loss(run, unet), lora)
+            gradients = torch.autograd.grad(run.loss(unet), lora)
             hook.remove()
             found.append((outputs[0], torch.cat([g.flatten() for g in gradients])))
         errors = [(a - b).norm() / b.norm() for a, b in zip(found[1], found[0], strict=True)]
@@ -230,8 +228,27 @@ def measure(command: list, updates: int = 0) -> dict:
 
 def ours(words: list, output_dir: Path, updates: int = 0) -> dict:
     found = measure([ROOT / "quest_7_2.py", *words, "--output-dir", output_dir], updates)
-    log = quest.read_log(output_dir / "loss.csv", 10**9)
-    return found | {"losses": [float(r[2]) for r in log], "speed": [float(r[5]) for r in log]}
+    log = output_dir / "loss.csv"  # only where the run came to its end
+    rows = pandas.read_csv(log).to_dict("list") if log.exists() else {}
+    return found | {"losses": rows.get("loss"), "speed": rows.get("images_per_second")}
+
+
+def micro(sd14: Path, args) -> None:
+    """Seconds an update and peak memory for 1, 2 and 4 samples at once, in turn."""
+    with tempfile.TemporaryDirectory() as temporary:
+        pictures = make_pictures(Path(temporary) / "pictures", 4, 512)
+        for name in args.precisions:
+            found = {1: [], 2: [], 4: []}
+            for size in [1, 2, 4] * args.rounds:
+                words = ["--dataset-dir", pictures, "--model-id", sd14, "--preview-images", 0]
+                words += ["--resolution", args.resolution, "--mixed-precision", name]
+                words += ["--micro-batch-size", size]
+                found[size].append(ours(words, Path(temporary) / "seal", args.updates))
+            for size, runs in found.items():
+                seconds = np.median(np.concatenate([np.diff(run["updates"]) for run in runs]))
+                peak = np.median([run["gpu"] or run["peak"] for run in runs])
+                row(f"{name}, {args.resolution}²: an update of 4 samples, {size} at once",
+                    f"{seconds:.2f} s, {peak:.0f} MiB")  # fmt: skip
 
 
 def time_steps(sd14: Path, args) -> None:
@@ -245,8 +262,6 @@ def time_steps(sd14: Path, args) -> None:
             words = ["--dataset-dir", pictures, "--model-id", sd14, "--preview-images", 0]
             words += [*size, "--mixed-precision", name]
             found = ours(words, Path(temporary) / "seal", args.updates)
-            short = ours([*words, "--max-train-steps", 1], Path(temporary) / "seal")
-            found["short"] = short["updates"][0]
             runs.setdefault((name, "ours"), []).append(found)
             if args.peer:
                 peer = ["--pretrained_model_name_or_path", sd14, "--train_data_dir", pictures]
@@ -255,7 +270,6 @@ def time_steps(sd14: Path, args) -> None:
                 peer += [args.report_to, "--mixed_precision", name]
                 peer += ["--output_dir", Path(temporary) / "peer"]
                 found = measure([args.peer, *peer], args.updates)
-                found["short"] = found["updates"][0]  # it does nothing ahead
                 runs.setdefault((name, "peer"), []).append(found)
         whose = ("ours", "peer") if args.peer else ("ours",)
         for name in args.precisions:
@@ -267,7 +281,6 @@ def time_steps(sd14: Path, args) -> None:
                     lambda run: np.diff(run["updates"]) / accumulation,
                 ),
                 ("from the command to update 1", "s", 1, lambda run: run["updates"][:1]),
-                ("the same, in a run of one update", "s", 1, lambda run: [run["short"]]),
                 ("peak host memory", "MiB", 0, lambda run: [run["peak"]]),
                 ("peak GPU memory", "MiB", 0, lambda run: [run["gpu"]]),
             ]:
@@ -290,8 +303,7 @@ config = quest.Config(dataset_dir=folder, model_id=model, resolution=int(side))
 dataset, captions, digests = quest.load_pictures(config)
 checked = time.monotonic()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-drawn = torch.ones(len(dataset), 2, dtype=torch.bool)
-moments = quest.encode_pictures(quest.Path(model), dataset, drawn, device, torch.float32, None)
+moments = quest.encode_pictures(quest.Path(model), dataset, device, torch.float32, None)
 encoded = time.monotonic()
 gc.collect()
 print(checked - started, encoded - checked, psutil.Process().memory_info().rss)
@@ -330,7 +342,7 @@ def growth(sd14: Path, args) -> None:
 
 def main() -> None:
     sections = {
-        "operations": operations, "saved": saved, "fp8": fp8, "time": time_steps, "growth": growth
+        "operations": operations, "saved": saved, "fp8": fp8, "time": time_steps, "micro": micro, "growth": growth
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", default=list(sections), help=", ".join(sections))

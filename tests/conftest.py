@@ -1,9 +1,11 @@
 """What the tests share: a Stable Diffusion of a few thousand weights, pictures, the command."""
 
+import csv
 import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +21,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import quest_7_2 as quest
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +113,54 @@ def config(model, palette, tmp_path):
         return quest.Config(**options | changes)
 
     return make
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the run computes before its loop, for tests of what comes after it."""
+
+    config: quest.Config
+    folder: Path
+    dtype: torch.dtype
+    noise_scheduler: DDPMScheduler
+    prompt_embeds: dict[str, torch.Tensor]
+    caption_embeds: list[torch.Tensor]
+    moments: torch.Tensor
+
+    def draw(self, position: int) -> dict[str, torch.Tensor]:
+        timesteps = self.noise_scheduler.config.num_train_timesteps
+        return quest.draw(position, self.moments, self.caption_embeds, timesteps, self.config)
+
+    def batch(self, *positions: int) -> dict[str, torch.Tensor]:
+        return torch.utils.data.default_collate([self.draw(position) for position in positions])
+
+    def unet(self):
+        return quest.load_unet(self.folder, self.config, CPU, self.dtype)
+
+
+def prepared(wanted, dtype=torch.float32) -> Prepared:
+    dataset, captions, _ = quest.load_pictures(wanted)
+    folder = quest.find_model(wanted.model_id, wanted.variant)
+    prompts = dict.fromkeys([*captions, "", wanted.train_prompt], "")
+    prompt_embeds = quest.embed_prompts(folder, prompts, CPU, wanted.variant)
+    return Prepared(
+        config=wanted,
+        folder=folder,
+        dtype=dtype,
+        noise_scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+        prompt_embeds=prompt_embeds,
+        caption_embeds=[prompt_embeds[caption] for caption in captions],
+        moments=quest.encode_pictures(folder, dataset, CPU, dtype, wanted.variant),
+    )
+
+
+def checkpoint_file(wanted) -> Path:
+    return Path(wanted.output_dir) / quest.CHECKPOINT
+
+
+def read_csv(wanted) -> list[dict]:
+    with open(Path(wanted.output_dir) / "loss.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def flags(config) -> list[str]:

@@ -20,6 +20,7 @@ ANYTHING = st.recursive(
 SENSIBLE = {
     "resolution": st.sampled_from([8, 16, 40, 64, 72]),
     "trainBatchSize": st.integers(1, 5),
+    "microBatchSize": st.none() | st.integers(1, 9),
     "gradientAccumulationSteps": st.integers(1, 5),
     "learningRate": st.sampled_from([1e-4, 1e-2, 1]),
     "numTrainEpochs": st.integers(1, 2),

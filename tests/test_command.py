@@ -93,13 +93,30 @@ def test_flags_win_over_json_and_json_over_defaults(tmp_path):
     assert (read.seed, read.rank, read.variant) == (7, 16, None)
 
 
-def test_a_json_file_alone_trains(config, tmp_path):
-    wanted = config(num_train_epochs=1)
-    file = tmp_path / "input.json"
-    file.write_text(json.dumps({quest.key_of(o): getattr(wanted, o.name) for o in fields(wanted)}))
-    done = run("--config", file)
+@pytest.mark.parametrize("how", ["a file", "the object itself"])
+def test_json_alone_trains(how, config, tmp_path):
+    wanted = config(num_train_epochs=1, train_prompt="--a prompt = {odd}")
+    text = json.dumps({quest.key_of(o): getattr(wanted, o.name) for o in fields(wanted)})
+    (tmp_path / "input.json").write_text(text)
+    done = run("--config", tmp_path / "input.json" if how == "a file" else text)
     assert done.returncode == 0, done.stderr
     assert json.loads((Path(wanted.output_dir) / "result.json").read_text())["epochsCompleted"] == 1
+    assert wanted.train_prompt in (Path(wanted.output_dir) / "README.md").read_text()
+
+
+def test_the_json_itself_is_judged(tmp_path):
+    read = quest.read_config(["--config", ' {"seed": "7", "useDora": true, "variant": null}'])
+    assert (read.seed, read.use_dora, read.variant) == (7, True, None)
+    assert not quest.read_config(["--config", '{"useDora": true}', "--no-use-dora"]).use_dora
+    for text, message in [
+        ('{"seed": -1}', "--seed (seed) must be at least 0, not -1"),
+        ("{", "--config: Expecting property name"),
+        ('{"sed": 1}', '--config: unknown key "sed"'),
+    ]:
+        assert message in refused("--config", text, cwd=tmp_path)
+    many = json.dumps({f"key{i}": 1 for i in range(60_000)})  # not in quadratic time
+    (tmp_path / "many.json").write_text(many)
+    assert "unknown key" in refused("--config", tmp_path / "many.json", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -135,15 +152,16 @@ def test_bad_flags_are_refused_by_name(words, message, tmp_path):
     "text, message",
     [
         ('{"resolutoin": 64}', 'unknown key "resolutoin"'),
-        ('{"resolution": "64"}', 'must be a whole number, not "64"'),
-        ('{"resolution": 64.0}', "must be a whole number, not 64.0"),
+        ('{"resolution": "63"}', "must be a positive multiple of 8, at most 16384, not 63"),
+        ('{"resolution": 64.0}', 'must be a whole number, not "64.0"'),
         ('{"resolution": true}', "must be a whole number, not true"),
         ('{"learningRate": true}', "must be a number, not true"),
         ('{"learningRate": NaN}', "must be finite and above 0, not NaN"),
-        ('{"learningRate": 1' + "0" * 400 + "}", "must be a number"),
+        ('{"learningRate": 1' + "0" * 400 + "}", "must be finite and above 0"),
         ('{"learningRate": 1e999}', "must be finite and above 0, not Infinity"),
-        ('{"gradientCheckpointing": 1}', "must be true or false, not 1"),
-        ('{"datasetDir": null}', "must be a string, not null"),
+        ('{"gradientCheckpointing": 1}', 'must be true or false, not "1"'),
+        ('{"datasetDir": {"a": 1}}', "must be a string, not"),
+        ('{"trainPrompt": true}', "must be a string, not true"),
         ('{"datasetDir": ["a"]}', 'must be a string, not ["a"]'),
         ('{"datasetDir": "a\\u0000b"}', "must be a path"),
         ('{"seed": 1, "seed": 2}', "seed stands there twice"),
@@ -204,28 +222,39 @@ def test_a_folder_in_use_is_left_alone(config, tmp_path):
 
 
 def test_a_refused_run_disowns_an_older_result(config, tmp_path):
+    """Once the arguments are understood; a command line that is not touches nothing."""
     wanted = config()
     output_dir = Path(wanted.output_dir)
     output_dir.mkdir()
     (output_dir / "adapter_model.safetensors").write_bytes(b"an earlier seal")
-    (tmp_path / "input.json").write_text(
-        json.dumps({"outputDir": wanted.output_dir, "resolution": 1})
-    )
-    false = {"success": False, "outputDir": wanted.output_dir, "epochsCompleted": 0}
+    quest.write_result(wanted.output_dir, True, 3, 0.5)
+    before = snapshot(output_dir)
     for words in [
         [*flags(wanted), "--resolution", "7"],
         [*flags(wanted), "--no-such-flag"],
-        [*flags(wanted), "--dataset-dir", "no/such/folder"],
-        ["--config", tmp_path / "input.json"],
+        ["--config", json.dumps({"outputDir": wanted.output_dir, "resolution": 1})],
+        [*flags(wanted), "--config", "none.json"],
     ]:
-        quest.write_result(wanted.output_dir, True, 3, 0.5)
         refused(*words)
-        assert json.loads((output_dir / "result.json").read_text()) == false
-        assert set(os.listdir(output_dir)) == {"adapter_model.safetensors", "result.json"}
+        assert snapshot(output_dir) == before
+    refused(*flags(wanted), "--dataset-dir", "no/such/folder")
+    false = {"success": False, "outputDir": wanted.output_dir, "epochsCompleted": 0}
+    assert json.loads((output_dir / "result.json").read_text()) == false
+    assert set(os.listdir(output_dir)) == {"adapter_model.safetensors", "result.json"}
     # A file of the same name that no run wrote is not ours to change.
     (output_dir / "result.json").write_text("[1, 2]")
-    refused(*flags(wanted), "--resolution", "7")
+    refused(*flags(wanted), "--dataset-dir", "no/such/folder")
     assert (output_dir / "result.json").read_text() == "[1, 2]"
+
+
+def test_a_path_with_dots_and_captions(config, palette, monkeypatch):
+    """The default folder begins with "..": its captions' paths and its pictures' are the same."""
+    (palette / "metadata.csv").write_text("file_name,text\n0.png,a circle\n")
+    (palette.parent / "work").mkdir()
+    monkeypatch.chdir(palette.parent / "work")
+    _, captions, names = quest.load_pictures(config(dataset_dir="../palette"))
+    assert captions == ["a circle", *[config().train_prompt] * 2]
+    assert list(names) == ["0.png", "1.png", "2.png"]
 
 
 # --- pictures ---
@@ -371,11 +400,11 @@ def test_a_loss_that_is_not_finite_keeps_the_earlier_seal(config, capsys):
     assert result["success"] is False
     before.pop("result.json")
     assert {name: after[name] for name in before} == before
-    assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"checkpoint"}
+    assert after.keys() == before.keys()
 
 
 def test_out_of_memory_names_the_flags(config, capsys):
     assert quest.main(config(rank=2**36)) == 1
     message = capsys.readouterr().err
-    assert "out of memory" in message and "a smaller --rank" in message
+    assert "out of memory" in message and "a smaller --resolution or --rank" in message
     assert "--gradient-checkpointing" in message

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import world
+from conftest import Prepared, prepared
 from diffusers import AutoencoderKL, DDPMScheduler
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -17,18 +18,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import quest_7_2 as quest
 
-CPU = torch.device("cpu")
 PROMPT = "a red circle"
 
 
-def prepared(wanted, dtype=torch.float32) -> quest.Run:
-    dataset, captions, digests = quest.load_pictures(wanted)
-    drawn = torch.ones(len(dataset), 2, dtype=torch.bool)
-    return quest.prepare(wanted, dataset, captions, digests, drawn, CPU, dtype)
-
-
 @pytest.fixture
-def cache(config) -> quest.Run:
+def cache(config) -> Prepared:
     return prepared(config(train_prompt=PROMPT, seed=5, lora_dropout=0.0))
 
 
@@ -61,7 +55,7 @@ def plain_prompt_embeds(model):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_cached_loss_is_the_plain_loss(prediction_type, cache, model, palette):
-    unet = quest.load_unet(cache)
+    unet = cache.unet()
     for parameter in unet.parameters():
         if parameter.requires_grad:  # LoRA's B starts at zero: give A a gradient too
             torch.nn.init.normal_(parameter, std=0.1)
@@ -73,8 +67,8 @@ def test_the_cached_loss_is_the_plain_loss(prediction_type, cache, model, palett
     lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     flips = set()
     for position in range(7):
-        batch = torch.utils.data.default_collate([quest.draw(cache, position)])
-        loss = quest.compute_loss(unet, noise_scheduler, batch)
+        batch = cache.batch(position)
+        (loss,) = quest.compute_loss(unet, noise_scheduler, batch)
         gradients = torch.autograd.grad(loss, lora)
 
         epoch, index = divmod(position, 3)
@@ -116,11 +110,11 @@ def test_mirror_images_are_encoded_not_mirrored(cache, model, palette):
 
 def test_every_draw_is_fresh_and_keyed(cache):
     """Over many positions: flips and timesteps even, posterior samples of the right spread."""
-    draws = [quest.draw(cache, position) for position in range(1500)]
-    again = quest.draw(cache, 700)
+    draws = [cache.draw(position) for position in range(1500)]
+    again = cache.draw(700)
     assert all(torch.equal(again[key], draws[700][key]) for key in again)
     other = replace(cache, config=replace(cache.config, seed=6))
-    assert not torch.equal(quest.draw(other, 700)["noise"], again["noise"])
+    assert not torch.equal(other.draw(700)["noise"], again["noise"])
     timesteps = torch.stack([d["timesteps"] for d in draws]).float()
     assert timesteps.min() < 20 and timesteps.max() > 979
     assert abs(timesteps.mean() - 499.5) < 4 * 288.7 / math.sqrt(1500)
@@ -143,43 +137,6 @@ def test_every_draw_is_fresh_and_keyed(cache):
         spread = (torch.stack(latents).std(0) / std).mean()
         assert abs(spread - 1) < 0.02
         assert ((torch.stack(latents).mean(0) - mean) / std).abs().mean() < 0.1
-
-
-@pytest.mark.parametrize("samples", [range(0), range(4, 9), range(12), range(24), range(90)])
-def test_what_a_run_draws_is_known_before(samples):
-    drawn = quest.find_drawn(5, 3, samples)
-    pairs = [quest.draw_picture(5, 3, position)[:2] for position in samples]
-    if len(samples) < 24:
-        assert {tuple(pair) for pair in drawn.nonzero().tolist()} == set(pairs)
-    else:  # it does not look
-        assert drawn.all()
-
-
-def test_only_what_is_drawn_is_encoded(config, model, tmp_path):
-    """In whole batches, so that the last bits are those of a run that encodes everything."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for i in range(20):
-        world.draw(world.THINGS[i], random.Random(i)).save(folder / f"{i:02}.png")
-    dataset, *_ = quest.load_pictures(config(dataset_dir=str(folder), resolution=64))
-    everything, one = torch.ones(20, 2, dtype=torch.bool), torch.zeros(20, 2, dtype=torch.bool)
-    one[17, 1] = True
-    read = []
-
-    class Watched(list):
-        def __getitem__(self, index):
-            read.append(index)
-            return super().__getitem__(index)
-
-    whole, part = (
-        quest.encode_pictures(model, Watched(dataset), drawn, CPU, torch.float32, None)
-        for drawn in (everything, one)
-    )
-    assert read == [0, *range(20), 0, *range(16, 20)]  # the first tells the size
-    assert whole.isfinite().all()
-    assert torch.equal(part[16:, 1], whole[16:, 1])
-    assert part[:16].isnan().all()
-    assert part[:, 0].isnan().all()
 
 
 def test_epochs_are_shuffled_whole(cache):
@@ -205,19 +162,54 @@ def test_transforms_reach_minus_one_and_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pictures, batch_size, accumulation, sizes",
+    "pictures, batch_size, accumulation, weights",
     [
         (1, 1, 4, [[1]]),
-        (8, 1, 4, [[1, 1, 1, 1], [1, 1, 1, 1]]),
-        (5, 2, 2, [[2, 2], [1]]),
-        (3, 8, 1, [[3]]),
-        (7, 1, 3, [[1, 1, 1], [1, 1, 1], [1]]),
+        (8, 1, 4, [[1 / 4] * 4] * 2),
+        (5, 2, 2, [[1 / 4] * 4, [1]]),
+        (7, 2, 2, [[1 / 4] * 4, [1 / 4, 1 / 4, 1 / 2]]),
+        (3, 8, 1, [[1 / 3] * 3]),
+        (7, 1, 3, [[1 / 3] * 3, [1 / 3] * 3, [1]]),
     ],
 )
-def test_no_picture_is_dropped(pictures, batch_size, accumulation, sizes):
+def test_no_picture_is_dropped(pictures, batch_size, accumulation, weights):
+    """Each sample weighs 1 / (batches in the update × size of its batch)."""
     plan = quest.plan_epoch(pictures, batch_size, accumulation)
-    assert [[len(batch) for batch in update] for update in plan] == sizes
-    assert [p for update in plan for batch in update for p in batch] == list(range(pictures))
+    assert [[weight for _, weight in update] for update in plan] == weights
+    assert [place for update in plan for place, _ in update] == list(range(pictures))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 9])
+def test_an_update_in_pieces_is_its_batches_one_by_one(pieces, config, palette, monkeypatch):
+    """Batches of 2, 2 and 1 pictures, written out, against the update cut into any pieces."""
+    for i in (3, 4):
+        world.draw(world.THINGS[i], random.Random(i)).save(palette / f"{i}.png")
+    found, step = [], torch.optim.AdamW.step
+
+    def spy(optimizer, *args, **options):
+        grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        found.append(torch.cat(grads).clone())
+        return step(optimizer, *args, **options)
+
+    monkeypatch.setattr(quest.AdamW, "step", spy)
+    options = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    options |= {"lora_dropout": 0.0, "max_grad_norm": 1e9, "micro_batch_size": pieces}
+    wanted = config(**options, max_train_steps=1)
+    train(wanted)
+    train(replace(wanted, max_train_steps=None))  # and the uneven end, from where the first led
+    cache = prepared(wanted)
+    unet = cache.unet().train()
+    lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(lora, lr=wanted.learning_rate)
+    for number, batches in enumerate([[(0, 1), (2, 3)], [(4,)]]):
+        optimizer.zero_grad()
+        for batch in batches:
+            losses = quest.compute_loss(unet, cache.noise_scheduler, cache.batch(*batch))
+            (losses.mean() / len(batches)).backward()
+        expected = torch.cat([parameter.grad.flatten() for parameter in lora])
+        assert (found[1 + number] - expected).norm() < 1e-4 * expected.norm()
+        optimizer.step()
+    assert torch.equal(found[0], found[1])
 
 
 def test_accumulation_is_a_larger_batch(config, tmp_path):
@@ -245,13 +237,13 @@ def test_an_update_follows_the_mean_of_its_gradients(config, model, monkeypatch)
     wanted = config(learning_rate=1e-12, lora_dropout=0.0, num_train_epochs=1)
     quest.main(wanted)
     cache = prepared(wanted)
-    unet = quest.load_unet(cache)
+    unet = cache.unet()
     noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
     lora = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     gradients = []
     for position in range(3):
-        batch = torch.utils.data.default_collate([quest.draw(cache, position)])
-        loss = quest.compute_loss(unet, noise_scheduler, batch)
+        batch = cache.batch(position)
+        (loss,) = quest.compute_loss(unet, noise_scheduler, batch)
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora)]))
     expected = [((gradients[0] + gradients[1]) / 2).norm(), gradients[2].norm()]
     assert norms == pytest.approx([x.item() for x in expected], rel=1e-3)
@@ -293,11 +285,11 @@ def test_final_loss_is_the_mean_over_the_last_epoch(config, model):
     # Nothing learned is a failure of its own, but the epochs count.
     assert result["success"] is False and result["epochsCompleted"] == 2
     cache = prepared(wanted)
-    unet = quest.load_unet(cache)
+    unet = cache.unet()
     noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
     losses = []
     for position in range(3, 6):
-        batch = torch.utils.data.default_collate([quest.draw(cache, position)])
+        batch = cache.batch(position)
         with torch.no_grad():
             losses.append(quest.compute_loss(unet, noise_scheduler, batch).item())
     assert result["finalLoss"] == pytest.approx(sum(losses) / 3, rel=1e-4)

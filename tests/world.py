@@ -1,7 +1,8 @@
 """The small world the miniature Stable Diffusion knows: one coloured shape on a plain background.
 
 `draw` makes a picture of a thing, `describe` its prompt, and `name` reads the thing back from the
-pixels alone, which is how the tests judge what the miniature has drawn.
+pixels alone, which is how the tests judge what the miniature has drawn. `paint` makes a picture of
+a shape in a style: the palette's, or one of those that the miniature has met by name.
 """
 
 import math
@@ -9,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 64  # pixels
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -70,6 +71,48 @@ def draw(thing: Thing, rng: random.Random) -> Image.Image:
     corners = [(zoom * px, zoom * py) for px, py in outline(thing.shape, x, y, radius)]
     ImageDraw.Draw(image).polygon(corners, fill=near(COLOURS[thing.colour]))
     return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a picture is painted; colours are RGB, 0 to 255."""
+
+    ground: tuple[int, int, int]
+    fill: tuple[int, int, int]
+    ink: tuple[int, int, int]  # of outline and frame
+    frame: bool = True
+    edge: tuple[int, int, int] | None = None  # what the ground turns to at the margin
+    grain: float = 0.0  # standard deviation of the ground's brightness
+
+
+# The palette's: an old woodcut on parchment, sienna and ink.
+WOODCUT = Style((226, 200, 150), (176, 92, 40), (58, 34, 20), edge=(176, 92, 40), grain=7.0)
+
+
+def paint(shape: str, style: Style, width: int, height: int, rng: random.Random) -> Image.Image:
+    """One picture, (width, height) RGB: an outlined shape, in a frame if the style has one."""
+    unit = min(width, height) / SIZE  # one pixel of the miniature's pictures
+    pen_width = round(3 * unit)
+    noise = np.random.default_rng(rng.randrange(2**32)).normal(0, style.grain, (height, width, 1))
+    pixels = (np.array(style.ground) + noise).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    if style.edge:
+        light = Image.new("L", image.size, 0)
+        ImageDraw.Draw(light).rectangle((0, 0, width, height), outline=150, width=round(4 * unit))
+        light = light.filter(ImageFilter.GaussianBlur(4 * unit))
+        image = Image.composite(Image.new("RGB", image.size, style.edge), image, light)
+    pen = ImageDraw.Draw(image)
+    inset = 5 * unit
+    if style.frame:
+        frame = (inset, inset, width - inset, height - inset)
+        pen.rectangle(frame, outline=style.ink, width=pen_width)
+    radius = rng.uniform(15, 20) * unit
+    reach = radius + 10 * unit
+    x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
+    corners = outline(shape, x, y, radius)
+    pen.polygon(corners, fill=style.fill)
+    pen.line([*corners, *corners[:2]], style.ink, pen_width, joint="curve")
+    return image
 
 
 def thing_mask(image: Image.Image) -> np.ndarray:
