@@ -6,21 +6,27 @@ Two halves: tools, each of which can be read and tested by itself, and at the en
 from the pictures to the seal told in one piece. README.md tells what the options are for.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # until there is more to say of an interruption, a few lines below
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import codecs
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
-import shutil
-import signal
-import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache, partial, wraps
 from io import BytesIO
@@ -28,12 +34,11 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-from filelock import FileLock, Timeout
-
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 # ==== The command: arguments, JSON and folders, answered in a fraction of a second ===========
 
@@ -46,31 +51,40 @@ class Trouble(Exception):
         self.exit_code = exit_code
 
 
-def say(message) -> None:
-    print(f"quest_7_2.py: {message}", file=sys.stderr)
+def say(message, stream=None) -> None:
+    """A line on stderr, or on another stream. It never fails, and sends a terminal no control
+    characters, which a stranger's file may hold in a name."""
+    stream = stream or sys.stderr
+    line = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(message))
+    try:
+        line = line.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding)
+        print(line, file=stream, flush=True)
+    except (OSError, ValueError):  # closed, or full: what is left in its buffer must not matter
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Stop:
-    """SIGINT and SIGTERM: at once, or, while training, when the update in hand is done."""
+    """SIGINT, SIGTERM and SIGHUP: at once, or, while training, when the update in hand is done."""
 
     deferred = False  # set while training
     signum = 0  # the signal that came
 
     @staticmethod
     def on_signal(signum: int, frame) -> None:
-        at_once = Stop.signum or not Stop.deferred
-        Stop.signum = signum
+        at_once, Stop.signum = Stop.signum or not Stop.deferred, signum
         if at_once:
             sys.exit(128 + signum)
-        say("stopping after this update; once more stops at once")
+        with suppress(OSError):  # not through a buffer that may be in the middle of a line
+            os.write(2, b"stopping after this update; once more stops at once\n")
 
 
 # Limits: how "must be …" goes on, and the test of it on a value of the right type.
 ANY = ("", lambda value: True)
 TEXT = ("text", lambda text: text == text.encode("utf-8", "ignore").decode())
-PATH = ("a path", lambda text: text.strip() and "\0" not in text)
+PATH = ("a path", lambda text: text.strip() and "\0" not in text and TEXT[1](text))
 NATURAL = ("at least 0", lambda n: 0 <= n < 2**63)
-POSITIVE = ("at least 1", lambda n: 1 <= n < 2**63)
+POSITIVE = ("at least 1 and below 2^31", lambda n: 1 <= n < 2**31)
 ABOVE_0 = ("finite and above 0", lambda x: 0 < x < math.inf)
 FROM_0 = ("finite and at least 0", lambda x: 0 <= x < math.inf)
 SHARE = ("at least 0 and below 1", lambda p: 0 <= p < 1)
@@ -236,7 +250,7 @@ def read_config(argv: list[str]) -> Config:
     if source is not None:
         try:
             is_text = source.lstrip().startswith("{")
-            words = json_to_flags(source if is_text else Path(source).read_text(encoding="utf-8"))
+            words = json_to_flags(source if is_text else read_ordinary(Path(source)).decode())
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             where = "--config" if is_text else f"--config {source}"
@@ -253,27 +267,85 @@ def read_config(argv: list[str]) -> Config:
 
 # What Pillow reads well of imagefolder's own list.
 SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .tga .ppm"
+OTHER_SUFFIXES = ".heic .heif .avif .jxl .jp2 .svg .eps .psd .raw .dng"
 
 
 def list_files(folder: Path, suffixes: str = SUFFIXES) -> list[Path]:
     """All such files in a folder and its subfolders, by name; what is hidden is left out."""
-
     found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
     shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
     return sorted(folder / path for path in shown if path.suffix.lower() in suffixes.split())
 
 
+def list_left_out(folder: Path) -> list[str]:
+    """What looks as if it were meant and is not read, each with the reason."""
+    left_out = []
+
+    def note(path: Path, why: str) -> None:
+        left_out.append(f"{os.path.relpath(path, folder)} ({why})")
+
+    for root, folders, files in os.walk(folder, onerror=lambda e: note(e.filename, e.strerror)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root, name) for name in folders if Path(root, name).is_symlink()):
+            note(path, "a linked folder")
+        for path in (Path(root, name) for name in files if not name.startswith(".")):
+            if path.suffix.lower() in OTHER_SUFFIXES.split():
+                note(path, "a kind that is not read")
+    return left_out
+
+
+def read_ordinary(path: Path) -> bytes:
+    """A file's bytes. Raises OSError also for a pipe or a device, which might never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not an ordinary file", str(path))
+    return path.read_bytes()
+
+
+# The names under which a run writes into the output folder. It replaces nothing else there.
+CHECKPOINT = "checkpoint/checkpoint.pt"
+SEAL_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+SEAL_FILES += ["pytorch_lora_weights.safetensors"]
+LOOKS = ["preview.png", "loss.png", "loss.csv", "README.md"]
+PREVIEWS = "previews/epoch-*.png"
+
+
 def check_folders(config: Config) -> None:
-    """Raises Trouble (exit code 2) for a dataset that is not there, or an unwritable output."""
+    """Raises Trouble (exit code 2) for a dataset that is not there, and for an output folder that
+    cannot be written, lies in the dataset or the model (or the other way round), or holds what no
+    run of ours left under the names that this one will write."""
     dataset_dir, output_dir = Path(config.dataset_dir), Path(config.output_dir).absolute()
     if not dataset_dir.is_dir():
         what = "is a file, not a folder" if dataset_dir.exists() else "does not exist"
         raise Trouble(f"dataset folder {dataset_dir} {what}; name one with --dataset-dir", 2)
+    os.scandir(dataset_dir).close()  # raises OSError for one that cannot be read
     if not list_files(dataset_dir):
         raise Trouble(f"dataset folder {dataset_dir} has no pictures ({SUFFIXES})", 2)
-    if output_dir.resolve().is_relative_to(dataset_dir.resolve()):
-        raise Trouble(f"output folder {output_dir} must not be in the dataset folder", 2)
-    existing = next(path for path in [output_dir, *output_dir.parents] if path.exists())
+    ours = Path(os.path.realpath(output_dir))
+    for what, path in [("dataset", dataset_dir), ("model", Path(config.model_id))]:
+        theirs = Path(os.path.realpath(path))
+        if path.exists() and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
+            both = f"output folder {output_dir} must not be in the {what} folder {path}"
+            raise Trouble(f"{both}, nor the other way round", 2)
+
+    names = [*SEAL_FILES, *LOOKS, "result.json", "previews", "checkpoint"]
+    found = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
+    is_known = read_result(output_dir) is not None or (output_dir / CHECKPOINT).is_file()
+    if is_known:  # by a run of ours: then only what it cannot have left
+        found = [
+            path
+            for path in found
+            if path.is_symlink()
+            or not (path.is_dir() if path.name in ("previews", "checkpoint") else path.is_file())
+        ]
+    if found:
+        told = ", ".join(path.name for path in found)
+        raise Trouble(
+            f"output folder {output_dir} holds what no run of this script left: {told}", 2
+        )
+    if not config.resume and (output_dir / CHECKPOINT).is_file():
+        ways = f"go on from it with --resume, or delete {output_dir / 'checkpoint'}"
+        raise Trouble(f"output folder {output_dir} holds an interrupted run's work: {ways}", 2)
+    existing = next(path for path in [output_dir, *output_dir.parents] if os.path.lexists(path))
     try:
         tempfile.TemporaryFile(dir=existing).close()  # asking for permissions is not enough
     except OSError as error:
@@ -305,30 +377,51 @@ def write_result(output_dir: str, success: bool, epochs: int = 0, loss: float | 
     write_whole(Path(output_dir) / "result.json", (json.dumps(result) + "\n").encode())
 
 
+def read_result(output_dir: Path) -> dict | None:
+    """What a run of ours left as `result.json`; None for anything else of that name."""
+    try:
+        found = json.loads(read_ordinary(output_dir / "result.json"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    keys = {"success", "outputDir", "epochsCompleted"}
+    is_ours = isinstance(found, dict) and found.keys() - {"finalLoss"} == keys
+    return found if is_ours and isinstance(found["success"], bool) else None
+
+
 def disown_older_result(output_dir: str) -> None:
     """Turn an earlier run's `result.json` to false now: however this run ends, it stays honest."""
-    try:
-        older = json.loads((Path(output_dir) / "result.json").read_bytes())
-    except (OSError, ValueError):
-        return
-    if isinstance(older, dict) and "success" in older:
+    if read_result(Path(output_dir)):
         write_result(output_dir, success=False)
 
 
-def lock_output_dir(output_dir: str) -> FileLock:
-    """Keep the folder for this process while the lock lives. Raises Trouble if a run has it."""
-    # It lies outside: a refused run leaves nothing behind. The system frees it, however we end.
-    identity = f"{os.path.expanduser('~')}:{Path(output_dir).resolve()}"
-    name = f"quest_7_2-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:24]}.lock"
-    lock = FileLock(Path(tempfile.gettempdir()) / name)
-    with suppress(Timeout):
-        lock.acquire(blocking=False)
-    if not lock.is_locked:
-        raise Trouble(f"output folder {output_dir} is in use by another run", 2)
-    return lock
+class Lock:
+    """The output folder itself, locked for this process while `held`, a file descriptor, is open.
+
+    The system frees it however we end. (Windows has no such lock.)
+    """
+
+    held = None
+
+    @classmethod
+    def take(cls, folder: Path) -> None:
+        """Raises Trouble (exit code 2) if another run has it. Nothing to do before it exists."""
+        if cls.held is None and fcntl and folder.is_dir():
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(descriptor)
+                raise Trouble(f"output folder {folder} is in use by another run", 2) from None
+            cls.held = descriptor
+
+    @classmethod
+    def release(cls) -> None:
+        if cls.held is not None:
+            os.close(cls.held)
+            cls.held = None
 
 
-def begin(argv: list[str]) -> tuple[Config, FileLock]:
+def begin(argv: list[str]) -> Config:
     """Judge the command and take the output folder, or say what is wrong and exit with 2.
 
     A command line that cannot be understood touches nothing; one that can turns an older
@@ -336,21 +429,23 @@ def begin(argv: list[str]) -> tuple[Config, FileLock]:
     """
     try:
         config = read_config(argv)
-        lock = lock_output_dir(config.output_dir)
+        tempfile.gettempdir()  # torch's import wants it too
+        Lock.take(Path(config.output_dir))
         disown_older_result(config.output_dir)
         check_folders(config)
-        return config, lock
+        return config
     except (Trouble, OSError) as error:
         known = isinstance(error, Trouble)
-        say(error if known else f"{error.filename}: {error.strerror}")
+        say(error if known else f"{error.filename or 'here'}: {error.strerror or error}")
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, Stop.on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows lacks one
+            signal.signal(getattr(signal, name), Stop.on_signal)
     # A typing mistake is answered here; the imports below take eight seconds.
-    config, lock = begin(sys.argv[1:])
+    config = begin(sys.argv[1:])
 
 import datasets
 import diffusers
@@ -374,8 +469,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors.torch import save
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
@@ -386,22 +480,39 @@ from transformers import CLIPTextModel, CLIPTokenizer
 # ==== The pictures ===========================================================================
 
 
-def open_rgb(path) -> Image.Image:
+# Pillow's own decoders of these: of others, some start a program, as Ghostscript for PostScript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "TGA", "PPM")
+MOST_PIXELS = 100_000_000
+ONE_AT_A_TIME = threading.Lock()  # held for large pictures, which take up to 15 bytes a pixel
+
+
+def open_rgb(data: bytes) -> Image.Image:
     """A picture as RGB: upright by its EXIF orientation, transparency over white, 16 bits as 8.
 
-    Raises whatever Pillow raises for a file it cannot decode.
+    Raises ValueError for one that is not read, and whatever Pillow raises for one it cannot decode.
     """
-    with Image.open(path) as image:
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("is not the picture that its name says") from None
+    pixels = math.prod(image.size)
+    if pixels > MOST_PIXELS:
+        raise ValueError(
+            f"has {pixels / 1e6:.0f} million pixels; at most {MOST_PIXELS // 10**6} are read"
+        )
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("has 32 bits a channel, of unknown range; save it with 8 or 16")
+    with ONE_AT_A_TIME if pixels > 2**24 else nullcontext():
         image.load()
         # A broken EXIF block says nothing about the pixels: they stay as they lie.
         with suppress(Exception):
             image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
 def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
@@ -413,7 +524,12 @@ def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
     crop = transforms.Compose([transforms.Resize(resolution), transforms.CenterCrop(square)])
     resize = crop if resize_mode == "crop" else transforms.Resize(square)
     normalize = transforms.Normalize([0.5], [0.5])
-    pixels = [open_rgb(image["path"]) for image in examples["image"]]
+    pixels = []
+    for image, digest in zip(examples["image"], examples["sha256"], strict=True):
+        data = read_ordinary(Path(image["path"]))
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise Trouble(f"picture {image['path']} changed after it was checked; start again")
+        pixels.append(open_rgb(data))
     pixels = [normalize(transforms.functional.to_tensor(resize(image))) for image in pixels]
     return {"pixel_values": [torch.stack([p, transforms.functional.hflip(p)]) for p in pixels]}
 
@@ -432,19 +548,24 @@ def read_captions(folder: Path, paths: list[Path], train_prompt: str) -> list[st
     captions, missing = dict.fromkeys(map(str, paths)), []
     try:
         for file in list_files(folder, " ".join(readers)):
-            if file.stem == "metadata":
-                table = readers[file.suffix](file)
+            if file.stem.lower() == "metadata":
+                data = read_ordinary(file).removeprefix(codecs.BOM_UTF8)
+                table = readers[file.suffix.lower()](BytesIO(data))
                 for name, text in zip(table["file_name"], table["text"], strict=True):
                     path = os.path.normpath(file.parent / str(name))
                     missing += [f"{name!r} in {file.name}"] if path not in captions else []
+                    if not isinstance(text, str) and (np.ndim(text) or not pandas.isna(text)):
+                        raise ValueError(f"the caption of {name!r} is no text")
                     captions[path] = text
+        beside = {file.with_suffix(""): file for file in list_files(folder, ".txt")}
         for path in paths:
-            file = path.with_suffix(".txt")
-            if captions[str(path)] is None and file.is_file():
-                captions[str(path)] = file.read_text(encoding="utf-8")
+            if captions[str(path)] is None and path.with_suffix("") in beside:
+                file = beside[path.with_suffix("")]
+                captions[str(path)] = read_ordinary(file).decode("utf-8-sig")
     except (OSError, ValueError, KeyError) as error:
         columns = "; it needs the columns file_name and text" if isinstance(error, KeyError) else ""
-        raise Trouble(f"captions {file}: {first_line(error)}{columns}", 2) from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise Trouble(f"captions {file}: {reason}{columns}", 2) from None
     if missing:
         raise Trouble("captions for pictures that are not there: " + ", ".join(missing), 2)
     told = [captions[str(path)] for path in paths]
@@ -457,11 +578,12 @@ def examine(path: Path) -> tuple[str, tuple[int, int], str]:
         if "::" in str(path):
             raise ValueError('imagefolder cannot open a path with "::" in it')
         str(path).encode()
-        data = path.read_bytes()
-        size = open_rgb(BytesIO(data)).size
+        data = read_ordinary(path)
+        size = open_rgb(data).size
         return hashlib.sha256(data).hexdigest(), size, ""
     except Exception as error:  # noqa: BLE001 - decoders raise anything on bad bytes
-        return "", (0, 0), f"\n  {str(path)!r}: {first_line(error)}"
+        reason = getattr(error, "strerror", None) or first_line(error)
+        return "", (0, 0), f"\n  {str(path)!r}: {reason}"
 
 
 def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str, str]]:
@@ -474,18 +596,22 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
     folder = Path(os.path.abspath(config.dataset_dir))
     paths = list_files(folder)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         examined = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None)
         digests, sizes, problems = zip(*examined, strict=True)
     if problems := [problem for problem in problems if problem]:
-        count = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
-        raise Trouble(count + "".join(problems), 2)
+        told = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
+        raise Trouble(told + "".join(problems), 2)
 
     captions = read_captions(folder, paths, config.train_prompt)
     own = sum(caption != config.train_prompt for caption in captions)
     sizes = sorted(sizes, key=math.prod)
     extent = dict.fromkeys(f"{width}×{height}" for width, height in (sizes[0], sizes[-1]))
-    say(f"{len(paths)} pictures, {' to '.join(extent)} pixels, {own} with captions of their own")
+    count = "1 picture" if len(paths) == 1 else f"{len(paths)} pictures"
+    say(f"{count}, {' to '.join(extent)} pixels, {own} with captions of their own")
+    if left_out := list_left_out(folder):
+        more = f" and {len(left_out) - 20} more" if len(left_out) > 20 else ""
+        say(f"{count}, {len(left_out)} left out: {', '.join(left_out[:20])}{more}")
 
     # Named one by one: left to itself, imagefolder puts test_1.png into a "test" split, unused.
     options = {"data_files": {"train": [glob.escape(str(path)) for path in paths]}}
@@ -496,6 +622,7 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
         except datasets.exceptions.DatasetsError as error:
             raise Trouble(f"listing the pictures in {cache}: {error.__cause__ or error}") from None
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    dataset = dataset.add_column("sha256", list(digests))
     how = {"resolution": config.resolution, "resize_mode": config.resize_mode}
     dataset = dataset.with_transform(partial(apply_transforms, **how))
     told = {}
@@ -521,11 +648,12 @@ def check_family(model_id: str, folder: Path) -> None:
     """Raises Trouble for a model that is not Stable Diffusion 1.x or 2.x, text to image."""
 
     configs = []
-    for name in ("model_index.json", "unet/config.json", "text_encoder/config.json"):
+    names = ["model_index.json", "unet/config.json", "text_encoder/config.json", "vae/config.json"]
+    for name in [*names, "scheduler/scheduler_config.json"]:
         configs.append({})
         with suppress(OSError, ValueError):
-            configs[-1] = json.loads((folder / name).read_text(encoding="utf-8"))
-    index, unet, text = configs
+            configs[-1] = dict(json.loads(read_ordinary(folder / name)))
+    index, unet, text, vae, scheduler = configs
     fits = not index.keys() & {"transformer", "text_encoder_2", "prior", "controlnet"}
     if unet and text:
         fits &= unet.get("in_channels", 4) == 4 and not unet.get("addition_embed_type")
@@ -536,6 +664,17 @@ def check_family(model_id: str, folder: Path) -> None:
         )
         what = index.get("_class_name", "something else")
         raise Trouble(f"model {model_id} is {what}; this script trains {trained}")
+    kinds = ("epsilon", "v_prediction", "sample")
+    timesteps = scheduler.get("num_train_timesteps", 1000)
+    for needed, is_met in {
+        "a VAE of 4 latent channels": vae.get("latent_channels", 4) == 4,
+        "a VAE with a scaling_factor above 0": 0 < vae.get("scaling_factor", 0.18215) < math.inf,
+        "a scheduler of noise, not of flow": "Flow" not in scheduler.get("_class_name", ""),
+        f"a prediction_type of {kinds}": scheduler.get("prediction_type", "epsilon") in kinds,
+        "a scheduler of 1 timestep or more": isinstance(timesteps, int) and timesteps > 0,
+    }.items():
+        if not is_met:
+            raise Trouble(f"model {model_id} lacks {needed}: it cannot be trained like this")
 
 
 def find_model(model_id: str, variant: str | None) -> Path:
@@ -576,6 +715,20 @@ def find_model(model_id: str, variant: str | None) -> Path:
     return folder
 
 
+def fingerprint(folder: Path) -> str:
+    """Tells base models apart at no cost: of each file its name and size, and of its bytes sixteen
+    samples of 4 KiB (a configuration, or a header, is whole among them)."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*/*.json"), *folder.glob("*/*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        with open(path, "rb") as file:
+            for i in range(16):
+                file.seek(i * max(4096, size // 16))
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     # CUDA has a class for it; on the CPU only the message tells.
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -583,14 +736,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def load_part(cls, folder: Path, part: str, **options):
-    """One of the model's parts, frozen. Raises Trouble where the files do not make a whole one."""
-    options |= {"use_safetensors": True, "output_loading_info": True}
+    """One of the model's parts; a network is frozen. Raises Trouble where the files do not make a whole one."""
+    is_network = issubclass(cls, torch.nn.Module)
+    if is_network:
+        options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        model, info = cls.from_pretrained(folder / part, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        loaded = cls.from_pretrained(folder / part, **options)
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         raise Trouble(f"the model's {part} cannot be loaded: {first_line(error)}") from None
+    if not is_network:
+        return loaded
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise Trouble(f"the model's {part} lacks {len(missing)} weights, {missing[0]} among them")
     return model.eval().requires_grad_(False)
@@ -612,8 +770,9 @@ def embed_prompts(
 
     `prompts` maps each to what it belongs to, to report those that are cut at 77 tokens.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    options = {"dtype": torch.float32, "variant": variant}
+    tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
+    # Said here, so that a stranger's configuration cannot name a kernel to fetch and run.
+    options = {"dtype": torch.float32, "variant": variant, "attn_implementation": "sdpa"}
     text_encoder = load_part(CLIPTextModel, folder, "text_encoder", **options).to(device)
     most = tokenizer.model_max_length
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
@@ -949,7 +1108,10 @@ def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> UN
         base = output(unet)
     effect = output(unet) - base
     if not effect.any():
-        raise Trouble("training left the UNet's output as it was; raise --learning-rate")
+        raise Trouble(
+            "training left the UNet's output as it was: too low a --learning-rate, --lora-alpha, "
+            "--snr-gamma or --max-grad-norm, or a --lr-warmup-steps longer than the run"
+        )
     found = {}
     with_peft = PeftModel.from_pretrained(unet.unload(), folder)
     found["adapter_model.safetensors"] = output(with_peft)
@@ -1157,7 +1319,6 @@ def write_card(config: Config, facts: dict[str, str], pictures: dict[str, str]) 
 # ==== The record of a run, and the checkpoint it goes on from as if it had never stopped =====
 
 # One row of loss.csv an update; what else is asked of a run's past follows from them and the plan.
-CHECKPOINT = "checkpoint/checkpoint.pt"  # in the output folder
 COLUMNS = ["update", "epoch", "loss", "learning_rate", "gradient_norm"]
 COLUMNS += ["images_per_second", "peak_memory_mib"]
 
@@ -1185,6 +1346,7 @@ def identify(config: Config, digests: dict[str, str], **resolved) -> dict[str, s
     kept = [option for option in fields(config) if option.name not in FREE_TO_CHANGE]
     values = {option.name: getattr(config, option.name) for option in kept} | resolved
     identity = {flag_of(option): shown(values[option.name]) for option in kept}
+    identity["the base model's files"] = identity.pop("--model-id")
     return identity | {f"picture {name!r}": digest for name, digest in digests.items()}
 
 
@@ -1200,13 +1362,14 @@ def read_checkpoint(file: Path, identity: dict[str, str], total_steps: int) -> d
         saved = torch.load(file, map_location="cpu", weights_only=True)
         old, steps = saved["identity"], len(saved["rows"])
     except Exception as error:  # noqa: BLE001 - torch raises several kinds for a damaged file
-        raise Trouble(f"{file} is damaged ({first_line(error)}); train without --resume") from None
+        reason = first_line(error)
+        raise Trouble(f"{file} is damaged ({reason}); delete it to start afresh") from None
     differing = ""
     for name in {**old, **identity}:
         before, now = old.get(name), identity.get(name)
         if before != now:
             differing += f"\n  {name}"
-            differing += "" if name.startswith("picture") else f": {before}, now {now}"
+            differing += f": {before}, now {now}" if name.startswith("--") else ""
     if differing:
         needed = "--resume needs the interrupted run's options and pictures; these differ:"
         raise Trouble(needed + differing, 2)
@@ -1214,6 +1377,17 @@ def read_checkpoint(file: Path, identity: dict[str, str], total_steps: int) -> d
         where = f"the checkpoint is at update {steps}, this run ends at {total_steps}"
         raise Trouble(f"--resume: {where}", 2)
     return saved
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what runs write into `checkpoint/`, and the folder if nothing else is in it."""
+    seal = [f"seal/{name}" for name in SEAL_FILES]
+    for pattern in ["checkpoint.pt", "loss.csv", PREVIEWS, *seal, "**/.*.partial"]:
+        for path in folder.glob(pattern):
+            path.unlink()
+    for inner in (folder / "previews", folder / "seal", folder):
+        with suppress(OSError):  # not empty, or not there
+            inner.rmdir()
 
 
 # ==== The run ================================================================================
@@ -1244,6 +1418,7 @@ def answering(main):
                 say(f"failed with {type(error).__name__}: {first_line(error)}")
         finally:
             Stop.deferred = False
+            Lock.release()
         if resumable and (Path(config.output_dir) / CHECKPOINT).exists():
             say("the same command with --resume goes on from the checkpoint")
         return exit_code
@@ -1259,6 +1434,9 @@ def main(config: Config) -> None:
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
+
+    Lock.take(output_dir)
+    check_folders(config)
 
     # --- Device and precision -------------------------------------------------------------------
     # Same command, same bytes: some of CUDA's kernels must be told. (Without effect on the CPU.)
@@ -1284,14 +1462,15 @@ def main(config: Config) -> None:
 
     # --- What a resumed run must share with the one before it -----------------------------------
     piece_size = config.micro_batch_size or config.train_batch_size
+    folder = find_model(config.model_id, config.variant)
     options = {"mixed_precision": precision, "micro_batch_size": piece_size}
+    options["model_id"] = fingerprint(folder)  # the same, by whatever name it is called
     identity = identify(config, digests, **options)
     saved = None
     if config.resume:
         saved = read_checkpoint(output_dir / CHECKPOINT, identity, total_steps)
 
     # --- CLIP: every prompt's embedding, computed once ------------------------------------------
-    folder = find_model(config.model_id, config.variant)
     preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
     prompts = dict(zip(captions, (f"picture {name!r}" for name in digests), strict=True))
     prompts |= {preview_prompt: "--preview-prompt", "": "", config.train_prompt: "--train-prompt"}
@@ -1302,7 +1481,7 @@ def main(config: Config) -> None:
     moments = encode_pictures(folder, dataset, device, dtype, config.variant)
 
     # --- UNet and LoRA --------------------------------------------------------------------------
-    noise_scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    noise_scheduler = load_part(DDPMScheduler, folder, "scheduler")
     unet = load_unet(folder, config, device, dtype)
     # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
     if dtype is not torch.float32:
@@ -1326,6 +1505,10 @@ def main(config: Config) -> None:
     rows = []  # of loss.csv, one an update
     if saved:
         rows = saved["rows"]
+        states = saved["optimizer"]["state"]
+        if saved["lora"].keys() != lora.keys() or (rows and len(states) != len(lora)):
+            where = output_dir / CHECKPOINT
+            raise Trouble(f"{where} is damaged (weights are missing); delete it to start afresh")
         with torch.no_grad():
             for name, weight in lora.items():
                 weight.copy_(saved["lora"][name])
@@ -1348,6 +1531,9 @@ def main(config: Config) -> None:
     look_with = partial(sample_latents, **shared, autocast=autocast)
     unfinished = (output_dir / CHECKPOINT).parent
     output_dir.mkdir(parents=True, exist_ok=True)
+    Lock.take(output_dir)
+    if not saved:
+        remove_unfinished(unfinished)
     write_result(config.output_dir, False, *summarize(rows, plan))
     bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
     pending = []  # of each update since the last look: summed loss, rate, gradient norm
@@ -1392,8 +1578,10 @@ def main(config: Config) -> None:
             memory = round(peak_memory(device))
             for size, (loss, *rest) in zip(sizes, torch.stack(pending).tolist(), strict=True):
                 if not math.isfinite(loss):
-                    where = f"update {len(rows) + 1}"
-                    raise Trouble(f"loss not finite at {where}; try a lower --learning-rate")
+                    # At the first update the seal does nothing yet.
+                    own = "the base model's weights are damaged, or overflow in this precision"
+                    why = "try a lower --learning-rate" if rows else own
+                    raise Trouble(f"loss not finite at update {len(rows) + 1}; {why}")
                 at = [len(rows) + 1, len(rows) // len(plan) + 1]
                 rows.append([*at, loss / size, *rest, speed, memory])
             bar.update(len(pending))
@@ -1401,7 +1589,8 @@ def main(config: Config) -> None:
             if at_epoch_end:
                 told = f"loss {summarize(rows, plan)[1]:.4f}"
                 bar.set_postfix_str(told)
-                tqdm.write(f"epoch {epoch}/{config.num_train_epochs}: {told}", sys.stderr)
+                with bar.external_write_mode(sys.stderr):
+                    say(f"epoch {epoch}/{config.num_train_epochs}: {told}")
 
         if keeps:
             state = {
@@ -1432,25 +1621,23 @@ def main(config: Config) -> None:
 
     # --- The seal, judged in a folder of its own first ------------------------------------------
     # A run that fails leaves an earlier seal untouched.
-    staging = output_dir / ".partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        save_seal(staging, unet, config, noise_scheduler.config.prediction_type)
-        with autocast:
-            unet = check_seal(unet, staging, caption_embeds[0])
-        for path in sorted(staging.iterdir()):
-            os.replace(path, output_dir / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    staging = unfinished / "seal"
+    staging.mkdir(parents=True, exist_ok=True)
+    save_seal(staging, unet, config, noise_scheduler.config.prediction_type)
+    with autocast:
+        unet = check_seal(unet, staging, caption_embeds[0])
+    for path in sorted(staging.iterdir()):
+        os.replace(path, output_dir / path.name)
 
     # --- What there is to look at: what an earlier run left must not be taken for this one's ----
-    older = ["preview.png", "loss.png", "loss.csv", "README.md"]
-    for name in older + ["pytorch_lora_weights.safetensors"] * config.use_dora:
+    for name in LOOKS + ["pytorch_lora_weights.safetensors"] * config.use_dora:
         (output_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(output_dir / "previews", ignore_errors=True)
-    if (unfinished / "previews").exists():
-        shutil.copytree(unfinished / "previews", output_dir / "previews")
+    for path in output_dir.glob(PREVIEWS):
+        path.unlink()
+    for path in unfinished.glob(PREVIEWS):
+        write_whole(output_dir / "previews" / path.name, path.read_bytes())
+    with suppress(OSError):  # only where no pictures were asked for in between
+        (output_dir / "previews").rmdir()
     seconds = sum(len(plan[i % len(plan)]) / row[5] for i, row in enumerate(rows))
     pictures = {}
     if config.preview_images:
@@ -1488,9 +1675,9 @@ def main(config: Config) -> None:
 
     # --- The result -----------------------------------------------------------------------------
     write_result(config.output_dir, True, epochs, loss)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"seal written to {config.output_dir}; its README.md tells how to load it, such as")
-    print(f"    pipe.load_lora_weights({config.output_dir!r})")
+    remove_unfinished(unfinished)
+    say(f"seal written to {config.output_dir}; its README.md tells how to load it", sys.stdout)
+    say(f"such as by pipe.load_lora_weights({config.output_dir!r})", sys.stdout)
 
 
 if __name__ == "__main__":

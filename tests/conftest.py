@@ -1,6 +1,7 @@
 """What the tests share: a Stable Diffusion of a few thousand weights, pictures, the command."""
 
 import csv
+import hashlib
 import os
 import random
 import subprocess
@@ -152,6 +153,13 @@ def prepared(wanted, dtype=torch.float32) -> Prepared:
         caption_embeds=[prompt_embeds[caption] for caption in captions],
         moments=quest.encode_pictures(folder, dataset, CPU, dtype, wanted.variant),
     )
+
+
+def transformed(*paths: Path, resolution: int = 64, resize_mode: str = "squash") -> list:
+    """Each picture and its mirror image as the training sees them: (2, 3, R, R) in [-1, 1]."""
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    rows = {"image": [{"path": str(path)} for path in paths], "sha256": digests}
+    return quest.apply_transforms(rows, resolution, resize_mode)["pixel_values"]
 
 
 def checkpoint_file(wanted) -> Path:

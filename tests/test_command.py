@@ -214,11 +214,11 @@ def test_a_folder_in_use_is_left_alone(config, tmp_path):
     output_dir.mkdir()
     quest.write_result(wanted.output_dir, True, 3, 0.5)
     before = snapshot(output_dir)
-    lock = quest.lock_output_dir(wanted.output_dir)
+    quest.Lock.take(output_dir)
     assert "is in use by another run" in refused(*flags(wanted))
     assert "multiple of 8" in refused(*flags(wanted), "--resolution", 7)
     assert snapshot(output_dir) == before
-    lock.release()
+    quest.Lock.release()
 
 
 def test_a_refused_run_disowns_an_older_result(config, tmp_path):
@@ -289,7 +289,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
 
     def opened(image, name, **options) -> np.ndarray:
         image.save(tmp_path / name, **options)
-        found = quest.open_rgb(tmp_path / name)
+        found = quest.open_rgb((tmp_path / name).read_bytes())
         assert found.mode == "RGB"
         return np.asarray(found)
 
@@ -316,7 +316,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     exif[0x0112] = 6
     assert opened(turned, "turned.png", exif=exif)[:, 0, 0].tolist() == [255, 0]
     turned.save(tmp_path / "broken.png", exif=b"Exif\0\0MM\0*garbage that is no directory")
-    assert quest.open_rgb(tmp_path / "broken.png").size == (2, 1)
+    assert quest.open_rgb((tmp_path / "broken.png").read_bytes()).size == (2, 1)
 
 
 def test_names_are_no_trap(config, palette):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import world
-from conftest import ROOT
+from conftest import ROOT, transformed
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -68,8 +68,7 @@ STYLED_PROMPTS = [STYLED.format(thing.shape) for thing in THINGS]
 def palette_pictures() -> list[Image.Image]:
     """As the training sees them."""
     paths = quest.list_files(PALETTE)
-    rows = {"image": [{"path": path} for path in paths]}
-    pixels = quest.apply_transforms(rows, 64, "squash")["pixel_values"]
+    pixels = transformed(*paths)
     pixels = [((p[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for p in pixels]
     return [Image.fromarray(p) for p in pixels]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import prepared, read_csv, run
+from conftest import prepared, read_csv, run, transformed
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -323,9 +323,9 @@ def test_crop_and_squash(tmp_path):
     wide.paste((255, 255, 255), (40, 0, 60, 20))
     for image, axis in [(wide, 1), (wide.rotate(-90, expand=True), 0)]:
         image.save(tmp_path / "wide.png")
-        rows = {"image": [{"path": tmp_path / "wide.png"}]}
-        crop, _ = quest.apply_transforms(rows, 16, "crop")["pixel_values"][0]
-        squash, _ = quest.apply_transforms(rows, 16, "squash")["pixel_values"][0]
+        wide_png = tmp_path / "wide.png"
+        ((crop, _),) = transformed(wide_png, resolution=16, resize_mode="crop")
+        ((squash, _),) = transformed(wide_png, resolution=16)
         assert crop.shape == squash.shape == (3, 16, 16)
         assert crop.sub(128 / 127.5 - 1).abs().max() < 0.2
         line = squash[0].mean(1 - axis)

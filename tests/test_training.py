@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import world
-from conftest import Prepared, prepared
+from conftest import Prepared, prepared, transformed
 from diffusers import AutoencoderKL, DDPMScheduler
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -151,8 +151,7 @@ def test_transforms_reach_minus_one_and_one(tmp_path):
     image = Image.new("RGB", (20, 10), "black")
     image.paste("white", (10, 0, 20, 10))
     image.save(tmp_path / "half.png")
-    rows = quest.apply_transforms({"image": [{"path": tmp_path / "half.png"}]}, 8, "squash")
-    picture, mirror = rows["pixel_values"][0]
+    ((picture, mirror),) = transformed(tmp_path / "half.png", resolution=8)
     assert picture.shape == (3, 8, 8) and picture.dtype == torch.float32
     assert picture[:, :, 0].eq(-1).all() and picture[:, :, -1].eq(1).all()
     assert torch.equal(mirror, picture.flip(-1))
