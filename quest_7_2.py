@@ -20,7 +20,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
@@ -32,7 +34,7 @@ from functools import lru_cache, partial, wraps
 from io import BytesIO
 from pathlib import Path
 from types import NoneType
-from typing import get_args
+from typing import NamedTuple, get_args
 
 try:
     import fcntl
@@ -116,7 +118,9 @@ class Config:
 
     dataset_dir: str = option("../Quest_1/generated_palette", PATH, "folder of pictures to learn")
     output_dir: str = option("artist_seal", PATH, "folder for the seal")
-    model_id: str = option("CompVis/stable-diffusion-v1-4", PATH, "hub id or diffusers folder")
+    model_id: str = option(
+        "CompVis/stable-diffusion-v1-4", PATH, "hub id, diffusers folder or .safetensors"
+    )
     resolution: int = option(256, TIMES_8, "side of the training pictures in pixels")
     train_batch_size: int = option(1, POSITIVE, "pictures in a batch")
     gradient_accumulation_steps: int = option(4, POSITIVE, "batches in an update")
@@ -126,6 +130,7 @@ class Config:
     rank: int = option(16, POSITIVE, "of the LoRA matrices")
     lora_alpha: float = option(32.0, ABOVE_0, "the seal's strength is alpha / rank")
     lora_dropout: float = option(0.05, SHARE, "share of LoRA inputs left out in training")
+    caption_dropout: float = option(0.0, SHARE, "share of samples trained on the empty prompt")
     use_dora: bool = option(False, ANY, "DoRA; a seal for PEFT alone")
     use_rslora: bool = option(False, ANY, "strength alpha / sqrt(rank)")
     init_lora_weights: str | None = option(None, INIT, "first LoRA weights (default: PEFT's)")
@@ -463,13 +468,18 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    create_diffusers_clip_model_from_ldm,
+    infer_diffusers_model_type,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
@@ -634,6 +644,22 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
 
 # ==== The model's parts, one at a time: text encoder, VAE, UNet ==============================
 
+
+class Base(NamedTuple):
+    """Where the base model's parts lie: a folder in diffusers' layout or, with a file in the
+    original layout, that file for the weights and a folder for configurations and tokenizer."""
+
+    folder: Path
+    variant: str | None = None
+    file: Path | None = None
+
+
+# Of a file in the original layout: how its keys begin for each part.
+PREFIXES = {
+    "text_encoder": "cond_stage_model.",
+    "vae": "first_stage_model.",
+    "unet": "model.diffusion_model.",
+}
 # What a part's folder must hold, one of; {} stands for a variant such as ".fp16".
 PART_FILES = {
     "tokenizer": ["tokenizer.json", "vocab.json"],
@@ -677,18 +703,50 @@ def check_family(model_id: str, folder: Path) -> None:
             raise Trouble(f"model {model_id} lacks {needed}: it cannot be trained like this")
 
 
-def find_model(model_id: str, variant: str | None) -> Path:
-    """A local folder in diffusers layout, downloaded first if `model_id` is not one.
+def find_file(file: Path) -> Base:
+    """A file in the original layout, judged by its header, with the configurations that go with it:
+    from the hub once, then from the hub's cache. Raises Trouble for what is not trained."""
+    if file.suffix != ".safetensors":
+        why = "pickled weights are never read, they can run code"
+        raise Trouble(f"model {file} is no .safetensors file: {why}")
+    try:
+        with safe_open(file, "pt") as header:
+            shapes = {key: header.get_slice(key).get_shape() for key in header.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Trouble(f"model {file} cannot be read: {first_line(error)}") from None
+    kind = infer_diffusers_model_type(
+        {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    )
+    if kind not in ("v1", "v2"):
+        trained = "Stable Diffusion 1.x and 2.x, no SDXL, SD3, Flux or inpainting model"
+        raise Trouble(f"model {file} is {kind}; this script trains text-to-image {trained}")
+    for part, prefix in PREFIXES.items():
+        if not any(key.startswith(prefix) for key in shapes):
+            raise Trouble(f"model {file} lacks the {part} ({prefix}…): it is no whole checkpoint")
+    hub_id = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    try:
+        small = ["*.json", "*/merges.txt"]
+        return Base(Path(snapshot_download(hub_id, allow_patterns=small)), file=file)
+    except Exception as error:  # noqa: BLE001 - the hub, the network and the disk may fail
+        once = f"hf download {hub_id} --include '*.json' '*/merges.txt'"
+        raise Trouble(
+            f"model {file} needs the tokenizer and configurations of {hub_id}, which could not be "
+            f"had from the hub ({type(error).__name__}): run this once with network: {once}"
+        ) from None
+
+
+def find_model(model_id: str, variant: str | None) -> Base:
+    """The parts of a hub id, downloaded first, of a local folder or of one file.
 
     The one place that may use the network. Raises Trouble for what is not there or not complete.
     """
     suffix, folder = f".{variant}" if variant else "", Path(model_id)
     if folder.is_file():
-        raise Trouble(
-            f"model {model_id} is a single file, without the tokenizer and configurations it needs: "
-            "convert it once, with network, by diffusers' StableDiffusionPipeline.from_single_file("
-            "…).save_pretrained(folder), and give --model-id that folder"
-        )
+        if variant:
+            raise Trouble("--variant is for hub ids and folders; a file has but one", 2)
+        base = find_file(folder)
+        check_family(model_id, base.folder)
+        return base
     if not folder.is_dir():
         names = {name.format(suffix) for part in PART_FILES.values() for name in part}
         wanted = ["*.json", "*/merges.txt", *(f"*/{name.replace('00001', '*')}" for name in names)]
@@ -712,16 +770,18 @@ def find_model(model_id: str, variant: str | None) -> Path:
             where = "from its page on the hub or by saving it with save_pretrained"
             missing = f"{part}/{names[0].format(suffix)}{why}"
             raise Trouble(f"model {model_id} lacks {missing}; get it with safetensors, {where}")
-    return folder
+    return Base(folder, variant)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(base: Base) -> str:
     """Tells base models apart at no cost: of each file its name and size, and of its bytes sixteen
-    samples of 4 KiB (a configuration, or a header, is whole among them)."""
+    samples of 4 KiB (a configuration, or a small file's header, is whole among them)."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*/*.json"), *folder.glob("*/*.safetensors")]):
+    weights = [base.file] if base.file else [*base.folder.glob("*/*.safetensors")]
+    for path in sorted([*base.folder.glob("*/*.json"), *weights]):
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        name = "" if path == base.file else path.relative_to(base.folder)
+        digest.update(f"{name} {size}".encode())
         with open(path, "rb") as file:
             for i in range(16):
                 file.seek(i * max(4096, size // 16))
@@ -735,27 +795,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or "can't allocate memory" in str(error)
 
 
-def load_part(cls, folder: Path, part: str, **options):
-    """One of the model's parts; a network is frozen. Raises Trouble where the files do not make a whole one."""
-    is_network = issubclass(cls, torch.nn.Module)
-    if is_network:
-        options |= {"use_safetensors": True, "output_loading_info": True}
+def load_part(cls, base: Base, part: str, dtype: torch.dtype | None = None, **options):
+    """One of the model's parts; a network is frozen and in `dtype`. Raises Trouble where the files
+    do not make a whole one."""
+    is_network, missing = issubclass(cls, torch.nn.Module), []
     try:
-        loaded = cls.from_pretrained(folder / part, **options)
-    except Exception as error:
+        if not is_network:
+            return cls.from_pretrained(base.folder / part)
+        if base.file is None:
+            options |= {"use_safetensors": True, "output_loading_info": True}
+            options |= {"dtype": dtype, "variant": base.variant}
+            model, info = cls.from_pretrained(base.folder / part, **options)
+            missing = sorted(info["missing_keys"])
+        else:
+            with safe_open(base.file, "pt") as file:
+                keys = [key for key in file.keys() if key.startswith(PREFIXES[part])]  # noqa: SIM118
+                weights = {key: file.get_tensor(key) for key in keys}
+            how = {"config": str(base.folder), "subfolder": part, "torch_dtype": dtype}
+            is_clip = cls is CLIPTextModel
+            load = (
+                partial(create_diffusers_clip_model_from_ldm, cls)
+                if is_clip
+                else cls.from_single_file
+            )
+            model = load(weights, **how, local_files_only=True)
+            missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+    except Exception as error:  # what libraries raise for damaged files is anything
         if is_out_of_memory(error):
             raise
         raise Trouble(f"the model's {part} cannot be loaded: {first_line(error)}") from None
-    if not is_network:
-        return loaded
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         raise Trouble(f"the model's {part} lacks {len(missing)} weights, {missing[0]} among them")
     return model.eval().requires_grad_(False)
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype, variant) -> AutoencoderKL:
-    vae = load_part(AutoencoderKL, folder, "vae", dtype=dtype, variant=variant)
+def load_vae(base: Base, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    vae = load_part(AutoencoderKL, base, "vae", dtype)
     # With channels last, a CPU's bf16 convolutions take a third of the time.
     is_bf16_on_cpu = device.type == "cpu" and dtype is torch.bfloat16
     layout = torch.channels_last if is_bf16_on_cpu else torch.preserve_format
@@ -763,17 +838,15 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype, variant) ->
 
 
 @torch.no_grad()
-def embed_prompts(
-    folder: Path, prompts: dict[str, str], device: torch.device, variant: str | None
-) -> dict[str, torch.Tensor]:
+def embed_prompts(base: Base, prompts: dict[str, str], device: torch.device) -> dict:
     """The text encoder's last hidden state for each prompt: (77, width) float32, on the CPU.
 
     `prompts` maps each to what it belongs to, to report those that are cut at 77 tokens.
     """
-    tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
+    tokenizer = load_part(CLIPTokenizer, base, "tokenizer")
     # Said here, so that a stranger's configuration cannot name a kernel to fetch and run.
-    options = {"dtype": torch.float32, "variant": variant, "attn_implementation": "sdpa"}
-    text_encoder = load_part(CLIPTextModel, folder, "text_encoder", **options).to(device)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    text_encoder = load_part(CLIPTextModel, base, "text_encoder", **options).to(device)
     most = tokenizer.model_max_length
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
     cut = [f"{o} ({n} tokens)" for n, o in zip(lengths, prompts.values(), strict=True) if n > most]
@@ -787,11 +860,7 @@ def embed_prompts(
 
 @torch.no_grad()
 def encode_pictures(
-    folder: Path,
-    dataset: datasets.Dataset,
-    device: torch.device,
-    dtype: torch.dtype,
-    variant: str | None,
+    base: Base, dataset: datasets.Dataset, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     """What the latents are drawn from: mean and standard deviation of the VAE's posterior, times
     its scaling factor, of every picture and of its mirror image.
@@ -799,7 +868,7 @@ def encode_pictures(
     (pictures, 2 orientations, 2, 4, R/8, R/8) float16 on the CPU: 32 KiB a picture at 256², good
     to 11 bits. Raises Trouble where `dtype` is too narrow for this VAE.
     """
-    vae = load_vae(folder, device, dtype, variant)
+    vae = load_vae(base, device, dtype)
     side = dataset[0]["pixel_values"].shape[-1]
     # A GPU wants large batches; a CPU is faster with tensors that stay in its cache.
     batch_size = min(16, max(1, (512 if device.type == "cuda" else 256) ** 2 // side**2))
@@ -894,10 +963,9 @@ def slim_frozen_layers(unet: torch.nn.Module, fp8: bool) -> None:
             layer.forward = partial(frozen_forward, layer)
 
 
-def load_unet(folder: Path, config: Config, device: torch.device, dtype: torch.dtype) -> PeftModel:
+def load_unet(base: Base, config: Config, device: torch.device, dtype: torch.dtype) -> PeftModel:
     """The frozen UNet in `dtype` with float32 LoRA weights in its attention layers."""
-    options = {"dtype": dtype, "variant": config.variant}
-    unet = load_part(UNet2DConditionModel, folder, "unet", **options)
+    unet = load_part(UNet2DConditionModel, base, "unet", dtype)
     lora_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -912,6 +980,11 @@ def load_unet(folder: Path, config: Config, device: torch.device, dtype: torch.d
     torch.manual_seed(config.seed)
     unet = get_peft_model(unet, lora_config)
     slim_frozen_layers(unet, config.fp8_base)
+    for layer in unet.modules():
+        # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
+        # (Its disable_input_dtype_casting does this too, but only for the length of a `with`.)
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = dtype is torch.float32
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.to(device)
@@ -952,7 +1025,8 @@ def draw(
     """All that is random in one training sample, the `position`-th of the run; keyed by that, so
     that neither batch size nor accumulation changes a draw.
 
-    `moments` are `encode_pictures`'; `caption_embeds` holds each picture's, (77, width). Returns
+    `moments` are `encode_pictures`'; `caption_embeds` holds each picture's, (77, width), and last
+    the empty prompt's. Returns
     latents and noise, (4, h, w) float32; timesteps, () int64; prompt_embeds, (77, width) float32.
     """
     epoch, place = divmod(position, len(moments))
@@ -969,6 +1043,10 @@ def draw(
     if config.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
         offset = torch.randn(len(mean), 1, 1, generator=generator)
         sample["noise"] += config.noise_offset * offset
+    # For classifier-free guidance (arXiv 2207.12598): what the empty prompt has learned as well,
+    # guidance does not multiply.
+    if config.caption_dropout and torch.rand((), generator=generator) < config.caption_dropout:
+        sample["prompt_embeds"] = caption_embeds[-1]
     return sample
 
 
@@ -1052,21 +1130,23 @@ def kohya_state_dict(unet: PeftModel) -> dict[str, torch.Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
 
 
-def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: str) -> None:
-    """Write the adapter for PEFT, and once more for everything else. Nothing in it names a folder
-    of the user's."""
+def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: str) -> str:
+    """Write the adapter for PEFT, and once more for everything else. Returns the seal's name, which
+    no other has: clients tell seals apart by it. Nothing in it names a folder of the user's."""
     lora_config = unet.peft_config["default"]
     lora_config.target_modules = sorted(lora_config.target_modules)  # a set comes in any order
-    is_local = Path(config.model_id).is_dir()
+    is_local = Path(config.model_id).exists()
     lora_config.base_model_name_or_path = None if is_local else config.model_id
     lora_config.inference_mode = True
     lora_config.save_pretrained(folder)
     state_dict = {key: weight.cpu() for key, weight in get_peft_model_state_dict(unet).items()}
     packed = pack_safetensors(state_dict, {"format": "pt"})
     write_whole(folder / "adapter_model.safetensors", packed)
+    words = re.sub(r"[^a-z0-9]+", "_", config.train_prompt.lower()).strip("_")[-40:].strip("_")
+    name = f"{words or 'seal'}_{hashlib.sha256(packed).hexdigest()[:6]}"
 
     if config.use_dora:
-        return  # diffusers leaves its magnitudes out, and the UIs do not agree on their norm
+        return name  # diffusers leaves its magnitudes out, and the UIs do not agree on their norm
     state_dict = kohya_state_dict(unet)
     alpha = next(tensor.item() for key, tensor in state_dict.items() if key.endswith(".alpha"))
     is_sd2 = unet.config.cross_attention_dim == 1024
@@ -1076,20 +1156,21 @@ def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: st
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": "artist_seal",
+        "modelspec.title": name,
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "modelspec.trigger_phrase": config.train_prompt,
         "modelspec.usage_hint": "put the trigger phrase into the prompt; strength 1",
-        "modelspec.prediction_type": prediction_type,
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(alpha),
         "ss_base_model_version": "sd_v2" if is_sd2 else "sd_v1",
         "ss_v2": str(is_sd2),
-        "ss_output_name": "artist_seal",
+        "ss_output_name": name,
     }
     packed = pack_safetensors(state_dict, metadata)
     write_whole(folder / "pytorch_lora_weights.safetensors", packed)
+    return name
 
 
 @torch.no_grad()
@@ -1169,7 +1250,7 @@ def sample_latents(unet, noise_scheduler, embeds: torch.Tensor, noises: list, au
 
 
 @torch.no_grad()
-def write_previews(file: Path, sample, load_decoder) -> None:
+def write_previews(file: Path, prompt: str, sample, load_decoder) -> None:
     """A grid of pictures without and with the adapter. Trouble is a warning, not a failed run.
 
     `sample()` gives `sample_latents`' latents; `load_decoder()`, after it, the VAE.
@@ -1179,33 +1260,42 @@ def write_previews(file: Path, sample, load_decoder) -> None:
         latents = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
         rows = [[vae.decode(x[None]).sample.float().cpu() for x in row] for row in latents]
         to_images = VaeImageProcessor().postprocess
-        write_whole(file, draw_grid([[to_images(x)[0] for x in row] for row in rows]))
+        write_png(file, draw_grid([[to_images(x)[0] for x in row] for row in rows], prompt))
     except Exception as error:  # noqa: BLE001 - no picture is worth a run
         say(f"no {file.name}: {first_line(error)}")
 
 
-def png(image: Image.Image) -> bytes:
+def write_png(file: Path, image: Image.Image) -> None:
     image.save(data := BytesIO(), "PNG")
-    return data.getvalue()
+    write_whole(file, data.getvalue())
 
 
-def draw_grid(rows: list[list[Image.Image]]) -> bytes:
-    """A labelled PNG: the base model's pictures above, the seal's below, a seed in each column."""
-    side, font = rows[0][0].width, ImageFont.load_default(14)
-    left, top, gap = 104, 24, 4
-    grid = Image.new("RGB", (left + len(rows[0]) * (side + gap), top + 2 * (side + gap)), "white")
+def draw_grid(rows: list[list[Image.Image]], prompt: str) -> Image.Image:
+    """The base model's pictures above, the seal's below, a seed in each column, and the prompt over
+    all. Cells are at least 160 pixels wide: small pictures are enlarged by a whole factor."""
+    zoom = -(-160 // rows[0][0].width)
+    side, font, gap = rows[0][0].width * zoom, ImageFont.load_default(14), 4
+    left, columns = 112, len(rows[0])
+    width = left + columns * (side + gap)
+    lines = textwrap.wrap(prompt, max(24, (width - 16) // 8)) or ["(no prompt)"]
+    top = 18 * len(lines) + 30
+    grid = Image.new("RGB", (max(width, 220), top + 2 * (side + gap)), "white")
     pen = ImageDraw.Draw(grid)
+    for i, line in enumerate(lines):
+        pen.text((8, 14 + 18 * i), line, "black", font, "lm")
     for y, (label, row) in enumerate(zip(("base model", "with the seal"), rows, strict=True)):
         middle = top + y * (side + gap) + side / 2
         pen.text((left - 8, middle), label, "black", font, anchor="rm")
         for x, image in enumerate(row):
-            pen.text((left + x * (side + gap) + side / 2, 12), f"seed {x}", "black", font, "mm")
-            grid.paste(image, (left + x * (side + gap), top + y * (side + gap)))
-    return png(grid)
+            at = left + x * (side + gap)
+            pen.text((at + side / 2, top - 12), f"seed {x}", "black", font, "mm")
+            enlarged = image.resize((side, side), Image.Resampling.NEAREST)
+            grid.paste(enlarged, (at, top + y * (side + gap)))
+    return grid
 
 
-def draw_loss(rows: list[list]) -> bytes:
-    """A PNG of the loss of each update (dots) and its running mean (line), from `rows`."""
+def draw_loss(rows: list[list]) -> Image.Image:
+    """The loss of each update (dots) and its running mean (line), from `rows`."""
     steps, losses = [row[0] for row in rows], pandas.Series([row[2] for row in rows])
     smooth = losses.ewm(alpha=max(0.02, 1 / (1 + len(rows) / 20))).mean()
     # The axis holds nearly all dots; a rare high one is drawn at the top edge.
@@ -1225,7 +1315,7 @@ def draw_loss(rows: list[list]) -> bytes:
     title = "loss (mean squared error): each update, running mean"
     pen.text((left, 16), title, "black", font, "lm")
     pen.text(((left + right) / 2, 404), "update", "black", font, "mm")
-    return png(image)
+    return image
 
 
 def strength(config: Config) -> str:
@@ -1237,39 +1327,51 @@ CARD = """---
 {front_matter}
 ---
 
-# An artist's seal
+# {name}
 
 A LoRA for Stable Diffusion that carries the style of a folder of pictures. Put the trigger phrase
 into your prompt:
 
-> {trigger}
+{fence}text
+{trigger}
+{fence}
+
+<Gallery />
 
 {pictures}
 ## Use it
 {dora}
 diffusers:
 
-```python
+{fence}python
+import torch
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained({base!r})
+base = {base!r}
+pipe = StableDiffusionPipeline.from_pretrained(base, {options}){to}
 pipe.load_lora_weights("path/to/this/folder")
 image = pipe({trigger!r}).images[0]
-```
+{fence}
 
 PEFT:
 
-```python
+{fence}python
+import torch
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 
-unet = UNet2DConditionModel.from_pretrained({base!r}, subfolder="unet")
+base = {base!r}
+unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", {options}){to}
 unet = PeftModel.from_pretrained(unet, "path/to/this/folder")
-```
+{fence}
 
 ComfyUI: copy `pytorch_lora_weights.safetensors` to `models/loras` and add a *Load LoRA* node at
-strength 1. AUTOMATIC1111 and Forge: copy it to `models/Lora` as `artist_seal.safetensors` and write
-`<lora:artist_seal:1>` into the prompt. Strength 1 is the strength it was trained at.
+strength 1. AUTOMATIC1111 and Forge: copy it to `models/Lora` as `{name}.safetensors` and write
+`<lora:{name}:1>` into the prompt. InvokeAI: import that one file, not the folder. Strength 1 is the
+strength it was trained at.
+
+To share it: `hf upload your-name/{name} path/to/this/folder --exclude result.json` (that file holds
+the output path as it was given).
 
 ## How it was trained
 
@@ -1279,39 +1381,56 @@ strength 1. AUTOMATIC1111 and Forge: copy it to `models/Lora` as `artist_seal.sa
 
 The settings, as a file for `--config`:
 
-```json
+{fence}json
 {settings}
-```
+{fence}
 """
+LICENSES = {
+    "CompVis/stable-diffusion-v1": "creativeml-openrail-m",
+    "stable-diffusion-v1-5/": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2": "openrail++",
+}
 
 
-def write_card(config: Config, facts: dict[str, str], pictures: dict[str, str]) -> str:
+def write_card(config: Config, name: str, on_gpu: bool, facts: dict, pictures: dict) -> str:
     """The seal's README.md, by the hub's conventions. No folder of the user's is named in it.
 
     `facts` tell how it was trained; `pictures` are the names of those beside it, by their titles.
     """
-    is_local = Path(config.model_id).is_dir()
-    base = "path/to/the/base/model" if is_local else config.model_id
-    preview_prompt = config.preview_prompt or config.train_prompt
-    widget = [{"text": preview_prompt, "output": {"url": "preview.png"}}]
+    is_local, trigger = Path(config.model_id).exists(), config.train_prompt
+    preview_prompt = config.preview_prompt or trigger
+    licenses = [known for of, known in LICENSES.items() if config.model_id.startswith(of)]
     front_matter = ModelCardData(
-        base_model=None if is_local else base,
+        base_model=None if is_local else config.model_id,
+        license=licenses[0] if licenses and not is_local else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["lora", "stable-diffusion", "text-to-image", "diffusers-training"],
-        instance_prompt=config.train_prompt,
-        widget=widget if "preview.png" in pictures.values() else None,
+        inference=True,
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers"]
+        + ["diffusers-training", "lora"],
+        instance_prompt=trigger,
+        widget=[{"text": preview_prompt, "output": {"url": "preview.png"}}]
+        if "preview.png" in pictures.values()
+        else None,
     )
     private = {"dataset_dir", "output_dir", "resume"} | ({"model_id"} if is_local else set())
     told = {key_of(o): getattr(config, o.name) for o in fields(config) if o.name not in private}
+    settings = json.dumps(told, indent=2, ensure_ascii=False)
+    longest = max(map(len, re.findall("`+", trigger + settings)), default=0)
     card = CARD.format(
         front_matter=front_matter.to_yaml(),
-        trigger=config.train_prompt,
-        base=base,
-        pictures="".join(f"![{title}]({name})\n\n" for title, name in pictures.items()),
+        name=name,
+        trigger=trigger,
+        fence="`" * max(3, longest + 1),  # a prompt with backticks must not end a block
+        base="path/to/the/base/model" if is_local else config.model_id,
+        # Said, since a base model's files may mix float16 and float32.
+        options=f"torch_dtype=torch.{'float16' if on_gpu else 'float32'}"
+        + (f", variant={config.variant!r}" if config.variant else ""),
+        to='.to("cuda")' if on_gpu else "",
+        pictures="".join(f"![{title}]({file})\n\n" for title, file in pictures.items()),
         dora="\nThis is a DoRA: of the ways below only PEFT's works.\n" if config.use_dora else "",
-        facts="\n".join(f"| {name} | {fact} |" for name, fact in facts.items()),
-        settings=json.dumps(told, indent=2, ensure_ascii=False),
+        facts="\n".join(f"| {what} | {fact} |" for what, fact in facts.items()),
+        settings=settings,
     )
     return str(ModelCard(card))
 
@@ -1462,9 +1581,9 @@ def main(config: Config) -> None:
 
     # --- What a resumed run must share with the one before it -----------------------------------
     piece_size = config.micro_batch_size or config.train_batch_size
-    folder = find_model(config.model_id, config.variant)
+    base = find_model(config.model_id, config.variant)
     options = {"mixed_precision": precision, "micro_batch_size": piece_size}
-    options["model_id"] = fingerprint(folder)  # the same, by whatever name it is called
+    options["model_id"] = fingerprint(base)  # the same, by whatever name it is called
     identity = identify(config, digests, **options)
     saved = None
     if config.resume:
@@ -1474,18 +1593,15 @@ def main(config: Config) -> None:
     preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
     prompts = dict(zip(captions, (f"picture {name!r}" for name in digests), strict=True))
     prompts |= {preview_prompt: "--preview-prompt", "": "", config.train_prompt: "--train-prompt"}
-    prompt_embeds = embed_prompts(folder, prompts, device, config.variant)
-    caption_embeds = [prompt_embeds[caption] for caption in captions]
+    prompt_embeds = embed_prompts(base, prompts, device)
+    caption_embeds = [prompt_embeds[caption] for caption in [*captions, ""]]
 
     # --- VAE: every picture's posterior and its mirror image's, computed once -------------------
-    moments = encode_pictures(folder, dataset, device, dtype, config.variant)
+    moments = encode_pictures(base, dataset, device, dtype)
 
     # --- UNet and LoRA --------------------------------------------------------------------------
-    noise_scheduler = load_part(DDPMScheduler, folder, "scheduler")
-    unet = load_unet(folder, config, device, dtype)
-    # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
-    if dtype is not torch.float32:
-        disable_input_dtype_casting(unet).__enter__()
+    noise_scheduler = load_part(DDPMScheduler, base, "scheduler")
+    unet = load_unet(base, config, device, dtype)
     lora = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
     weights = sum(weight.numel() for weight in lora.values())
     say(f"training {weights:,} LoRA weights at strength {strength(config)}, {total_steps} updates")
@@ -1613,8 +1729,8 @@ def main(config: Config) -> None:
             Stop.deferred = False  # a signal need not wait for pictures
             file = unfinished / "previews" / f"epoch-{epoch:04}.png"
             # The UNet has the GPU: the CPU decodes.
-            decoder = partial(load_vae, folder, torch.device("cpu"), torch.float32, config.variant)
-            write_previews(file, partial(look_with, unet), decoder)
+            decoder = partial(load_vae, base, torch.device("cpu"), torch.float32)
+            write_previews(file, preview_prompt, partial(look_with, unet), decoder)
             Stop.deferred, looked = True, time.monotonic()
     bar.close()
     Stop.deferred = False
@@ -1623,15 +1739,15 @@ def main(config: Config) -> None:
     # A run that fails leaves an earlier seal untouched.
     staging = unfinished / "seal"
     staging.mkdir(parents=True, exist_ok=True)
-    save_seal(staging, unet, config, noise_scheduler.config.prediction_type)
+    name = save_seal(staging, unet, config, noise_scheduler.config.prediction_type)
     with autocast:
         unet = check_seal(unet, staging, caption_embeds[0])
     for path in sorted(staging.iterdir()):
         os.replace(path, output_dir / path.name)
 
     # --- What there is to look at: what an earlier run left must not be taken for this one's ----
-    for name in LOOKS + ["pytorch_lora_weights.safetensors"] * config.use_dora:
-        (output_dir / name).unlink(missing_ok=True)
+    for older in LOOKS + ["pytorch_lora_weights.safetensors"] * config.use_dora:
+        (output_dir / older).unlink(missing_ok=True)
     for path in output_dir.glob(PREVIEWS):
         path.unlink()
     for path in unfinished.glob(PREVIEWS):
@@ -1649,14 +1765,15 @@ def main(config: Config) -> None:
 
         def decoder():
             unet.to("cpu")  # to make room
-            return load_vae(folder, device, dtype, config.variant)
+            return load_vae(base, device, dtype)
 
-        write_previews(output_dir / "preview.png", partial(look_with, unet), decoder)
-        if (output_dir / "preview.png").exists():
+        file = output_dir / "preview.png"
+        write_previews(file, preview_prompt, partial(look_with, unet), decoder)
+        if file.exists():
             pictures["Without and with the seal"] = "preview.png"
     table = pandas.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
     write_whole(output_dir / "loss.csv", table.encode())
-    write_whole(output_dir / "loss.png", draw_loss(rows))
+    write_png(output_dir / "loss.png", draw_loss(rows))
     pictures["Loss"] = "loss.png"
     epochs, loss = summarize(rows, plan)
     libraries = (torch, diffusers, transformers, peft, datasets)
@@ -1671,7 +1788,9 @@ def main(config: Config) -> None:
         "precision": dtype_name,
         "versions": ", ".join(f"{lib.__name__} {lib.__version__}" for lib in libraries),
     }
-    write_whole(output_dir / "README.md", write_card(config, facts, pictures).encode())
+    write_whole(
+        output_dir / "README.md", write_card(config, name, on_gpu, facts, pictures).encode()
+    )
 
     # --- The result -----------------------------------------------------------------------------
     write_result(config.output_dir, True, epochs, loss)

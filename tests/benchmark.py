@@ -93,14 +93,14 @@ class Bench:
     side: int
 
     def unet(self):
-        return quest.load_unet(self.folder, self.config, DEVICE, self.dtype)
+        return quest.load_unet(quest.Base(self.folder), self.config, DEVICE, self.dtype)
 
     def loss(self, unet) -> torch.Tensor:
         width = UNet2DConditionModel.load_config(self.folder / "unet")["cross_attention_dim"]
         generator = torch.Generator().manual_seed(0)
         moments = torch.randn(4, 2, 2, 4, self.side, self.side, generator=generator).half().abs()
         embeds = torch.randn(77, width, generator=generator)
-        sample = quest.draw(0, moments, [embeds] * 4, 1000, self.config)
+        sample = quest.draw(0, moments, [embeds] * 5, 1000, self.config)
         batch = {k: v.to(DEVICE) for k, v in torch.utils.data.default_collate([sample]).items()}
         scheduler = quest.DDPMScheduler.from_pretrained(self.folder / "scheduler")
         with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype is not torch.float32):
@@ -132,8 +132,7 @@ def saved(sd14: Path, args) -> None:
             config = quest.Config(gradient_checkpointing=checkpointing)
             run = Bench(config, sd14, dtype, side)
             unet = run.unet().train()
-            with quest.disable_input_dtype_casting(unet, True):
-                total = saved_for_backward(unet, partial(run.loss, unet))
+            total = saved_for_backward(unet, partial(run.loss, unet))
             how = ", gradient checkpointing" if checkpointing else ""
             row(f"saved for backward, {side * 8}², {HALF}{how}", f"{total / 2**20:.1f} MiB")
 
@@ -303,7 +302,7 @@ config = quest.Config(dataset_dir=folder, model_id=model, resolution=int(side))
 dataset, captions, digests = quest.load_pictures(config)
 checked = time.monotonic()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-moments = quest.encode_pictures(quest.Path(model), dataset, device, torch.float32, None)
+moments = quest.encode_pictures(quest.Base(quest.Path(model)), dataset, device, torch.float32)
 encoded = time.monotonic()
 gc.collect()
 print(checked - started, encoded - checked, psutil.Process().memory_info().rss)

@@ -121,7 +121,7 @@ class Prepared:
     """What the run computes before its loop, for tests of what comes after it."""
 
     config: quest.Config
-    folder: Path
+    base: quest.Base
     dtype: torch.dtype
     noise_scheduler: DDPMScheduler
     prompt_embeds: dict[str, torch.Tensor]
@@ -136,22 +136,22 @@ class Prepared:
         return torch.utils.data.default_collate([self.draw(position) for position in positions])
 
     def unet(self):
-        return quest.load_unet(self.folder, self.config, CPU, self.dtype)
+        return quest.load_unet(self.base, self.config, CPU, self.dtype)
 
 
 def prepared(wanted, dtype=torch.float32) -> Prepared:
     dataset, captions, _ = quest.load_pictures(wanted)
-    folder = quest.find_model(wanted.model_id, wanted.variant)
+    base = quest.find_model(wanted.model_id, wanted.variant)
     prompts = dict.fromkeys([*captions, "", wanted.train_prompt], "")
-    prompt_embeds = quest.embed_prompts(folder, prompts, CPU, wanted.variant)
+    prompt_embeds = quest.embed_prompts(base, prompts, CPU)
     return Prepared(
         config=wanted,
-        folder=folder,
+        base=base,
         dtype=dtype,
-        noise_scheduler=DDPMScheduler.from_pretrained(folder / "scheduler"),
+        noise_scheduler=DDPMScheduler.from_pretrained(base.folder / "scheduler"),
         prompt_embeds=prompt_embeds,
-        caption_embeds=[prompt_embeds[caption] for caption in captions],
-        moments=quest.encode_pictures(folder, dataset, CPU, dtype, wanted.variant),
+        caption_embeds=[prompt_embeds[caption] for caption in [*captions, ""]],
+        moments=quest.encode_pictures(base, dataset, CPU, dtype),
     )
 
 

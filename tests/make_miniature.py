@@ -1,9 +1,10 @@
 """Train tests/miniature, a Stable Diffusion of 5 million weights: hours on a CPU core or two.
 
-    python tests/make_miniature.py vae unet
+    python tests/make_miniature.py vae unet more
 
 Each word is a part to train. The VAE goes on from the one in the folder (VAE_MORE updates), or
-begins from nothing (VAE_UPDATES) where there is none; the text encoder and the UNet begin anew.
+begins from nothing (VAE_UPDATES) where there is none; the text encoder and the UNet begin anew, and
+with "more" go on for UNET_MORE updates.
 The folder's VAE was trained that way twice: 4,500 updates without styles in its pictures, then
 VAE_MORE as below.
 
@@ -38,12 +39,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 FOLDER = Path(__file__).parent / "miniature"
 VAE_UPDATES, VAE_MORE, VAE_BATCH = 4500, 1200, 16
-UNET_UPDATES, UNET_BATCH = 6000, 16
+UNET_UPDATES, UNET_MORE, UNET_BATCH = 6000, 2000, 16
 PICTURES = 12_000
-# Of ten prompts one is empty, for classifier-free guidance, and four or five are another
-# picture's: the web's captions, which taught Stable Diffusion, are no better. Such a model
-# needs guidance and bears 7.5 of it, where one that trusts its prompts overshoots its colours.
-EMPTY, WRONG = 0.1, 0.5
+# One prompt in ten is empty, for classifier-free guidance, and many are another picture's: the web's
+# captions, which taught Stable Diffusion, are no better. Such a model needs guidance and bears 7.5
+# of it, where one that trusts its prompts overshoots its colours. Half of them wrong at first taught
+# it to draw but hardly to read; with one in seven it learned that in the end.
+EMPTY, WRONG, WRONG_MORE = 0.1, 0.5, 0.15
 # SD's own scaling factor: the latents' standard deviation is 1 / 0.18215 = 5.49.
 SCALING_FACTOR = 0.18215
 
@@ -217,8 +219,8 @@ def describe_freely(thing: world.Thing, style: str | None, rng: random.Random) -
     return f"{prompt} in the style of {style}" if style else prompt
 
 
-def train_unet(vae: AutoencoderKL, rng: random.Random) -> StableDiffusionPipeline:
-    """The UNet and the text encoder, together, on the noise-prediction loss."""
+def make_pipeline(vae: AutoencoderKL, rng: random.Random) -> StableDiffusionPipeline:
+    """The untrained miniature around a VAE."""
     tokenizer = make_tokenizer(rng)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -252,6 +254,26 @@ def train_unet(vae: AutoencoderKL, rng: random.Random) -> StableDiffusionPipelin
         steps_offset=1,
         timestep_spacing="trailing",  # begin at pure noise: small pictures show a bias
     )
+    return StableDiffusionPipeline(
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        noise_scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def train_unet(
+    pipe: StableDiffusionPipeline, rng: random.Random, updates: int, rate: float, wrong: float
+) -> None:
+    """The UNet and the text encoder, together, on the noise-prediction loss."""
+    vae, unet, text_encoder, tokenizer = pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer
+    noise_scheduler = pipe.scheduler
+    unet.train().requires_grad_(True)
+    text_encoder.train().requires_grad_(True)
     things = [rng.choice(world.THINGS) for _ in range(PICTURES)]
     styles = [rng.choice(list(STYLES)) if rng.random() < 0.35 else None for _ in things]
     with torch.no_grad():
@@ -269,14 +291,15 @@ def train_unet(vae: AutoencoderKL, rng: random.Random) -> StableDiffusionPipelin
     ema = EMAModel(unet.parameters(), decay=0.999)
     ema_text = EMAModel(text_encoder.parameters(), decay=0.999)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=6e-4, weight_decay=1e-4, fused=True)
+    groups = [{"params": unet.parameters()}, {"params": text_encoder.parameters(), "lr": 2 * rate}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=1e-4, fused=True)
     lr_scheduler = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=200, num_training_steps=UNET_UPDATES
+        "cosine", optimizer, num_warmup_steps=200, num_training_steps=updates
     )
     running = None
-    for update in (bar := trange(UNET_UPDATES, desc="UNet", mininterval=5)):
+    for update in (bar := trange(updates, desc="UNet", mininterval=5)):
         indices = torch.randint(len(latents), (UNET_BATCH,)).tolist()
-        spoken_of = [rng.randrange(PICTURES) if rng.random() < WRONG else i for i in indices]
+        spoken_of = [rng.randrange(PICTURES) if rng.random() < wrong else i for i in indices]
         prompts = [describe_freely(things[i], styles[i], rng) for i in spoken_of]
         prompts = [prompt if rng.random() > EMPTY else "" for prompt in prompts]
         prompt_ids = tokenizer(
@@ -301,16 +324,6 @@ def train_unet(vae: AutoencoderKL, rng: random.Random) -> StableDiffusionPipelin
             bar.set_postfix(loss=f"{running:.4f}")
     ema.copy_to(unet.parameters())
     ema_text.copy_to(text_encoder.parameters())
-    return StableDiffusionPipeline(
-        vae,
-        text_encoder.eval(),
-        tokenizer,
-        unet.eval(),
-        noise_scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
 def share_named(pipe: StableDiffusionPipeline, pictures: int = 72, batch: int = 24) -> float:
@@ -339,9 +352,15 @@ if __name__ == "__main__":
         things = [world.draw(rng.choice(world.THINGS), rng) for _ in range(256)]
         scale_latents(vae, to_tensor(things))
         vae.half().save_pretrained(FOLDER / "vae")
-    if "unet" in sys.argv[1:]:
-        vae = AutoencoderKL.from_pretrained(FOLDER / "vae").requires_grad_(False)
-        pipe = train_unet(vae, rng)
+    for word in [word for word in ("unet", "more") if word in sys.argv[1:]]:
+        if word == "unet":
+            vae = AutoencoderKL.from_pretrained(FOLDER / "vae")
+            pipe, how = make_pipeline(vae, rng), (UNET_UPDATES, 6e-4, WRONG)
+        else:
+            pipe = StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+            how = (UNET_MORE, 5e-4, WRONG_MORE)
+        pipe.vae.requires_grad_(False)
+        train_unet(pipe, rng, *how)
         pipe.to(torch.float16).save_pretrained(FOLDER)
     pipe = StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
     print(f"named: {share_named(pipe):.0%}; {math.ceil((time.time() - started) / 60)} minutes")

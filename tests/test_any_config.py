@@ -28,6 +28,7 @@ SENSIBLE = {
     "rank": st.integers(1, 9),
     "loraAlpha": st.floats(0.5, 64),
     "loraDropout": st.floats(0, 0.9),
+    "captionDropout": st.floats(0, 0.9),
     "seed": st.integers(0, 2**63 - 1),
     "mixedPrecision": st.sampled_from([None, "no", "bf16", "fp16"]),
     "gradientCheckpointing": st.booleans(),

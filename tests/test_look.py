@@ -1,6 +1,7 @@
 """What there is to look at: previews, the loss curve, the model card, the console's story."""
 
 import re
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from conftest import flags, read_csv, run
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import safe_open
 from test_resume import SEAL, interrupt  # noqa: F401 - a fixture
 
 import quest_7_2 as quest
@@ -21,11 +23,18 @@ def seal_bytes(wanted) -> dict[str, bytes]:
 
 
 def cells(file: Path, columns: int, side: int = 64) -> np.ndarray:
-    """The pictures in a grid: (2, columns, side, side, 3)."""
-    grid = np.asarray(Image.open(file).convert("RGB"))
-    left, top = grid.shape[1] - columns * (side + 4), grid.shape[0] - 2 * (side + 4)
-    grid = grid[top:, left:].reshape(2, side + 4, columns, side + 4, 3)
-    return grid.transpose(0, 2, 1, 3, 4)[:, :, :side, :side]
+    """The pictures in a grid: (2, columns, side, side, 3). Enlarged ones must be so without
+    smoothing, by a whole factor that makes them 160 pixels wide or more."""
+    zoom = -(-160 // side)
+    grid, cell = np.asarray(Image.open(file).convert("RGB")), zoom * side
+    left, top = 112, grid.shape[0] - 2 * (cell + 4)
+    grid = grid[top:, left : left + columns * (cell + 4)]
+    grid = grid.reshape(2, cell + 4, columns, cell + 4, 3).transpose(0, 2, 1, 3, 4)[
+        :, :, :cell, :cell
+    ]
+    small = grid[:, :, ::zoom, ::zoom]
+    assert (small.repeat(zoom, 2).repeat(zoom, 3) == grid).all() and cell >= 160
+    return small
 
 
 # --- previews ---
@@ -88,7 +97,7 @@ def test_older_pictures_do_not_stay(config):
 
 
 def test_trouble_in_drawing_is_a_warning(config, monkeypatch, capsys):
-    def broken(rows):
+    def broken(rows, prompt):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(quest, "draw_grid", broken)
@@ -140,7 +149,7 @@ def test_loss_csv_is_exact_across_resume(config, interrupt):  # noqa: F811
 def test_loss_png_shows_the_numbers():
     """A curve that falls from 1 to 0.2: its line is high at the left and low at the right."""
     rows = [[i, 1, 0.2 + 0.8 * np.exp(-i / 50), 1e-4, 1.0, 9.0, 99] for i in range(1, 301)]
-    image = np.asarray(Image.open(quest.BytesIO(quest.draw_loss(rows))).convert("RGB")).astype(int)
+    image = np.asarray(quest.draw_loss(rows)).astype(int)
     line = (image == np.array([8, 81, 156])).all(2)
     columns = np.flatnonzero(line.any(0))
     heights = [np.flatnonzero(line[:, x]).mean() for x in (columns[0], columns[-1])]
@@ -166,7 +175,7 @@ def test_the_card(config, model, palette):
     for option in fields(wanted):
         named = f'"{quest.key_of(option)}": ' in text
         assert named is (option.name not in {"dataset_dir", "output_dir", "model_id", "resume"})
-    settings = re.search(r"```json\n(.*?)```", text, re.DOTALL)[1]
+    settings = re.search(r"```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[1]
     (folder / "settings.json").write_text(settings)
     again = quest.read_config(["--config", str(folder / "settings.json")])
     private = {name: getattr(wanted, name) for name in ("dataset_dir", "output_dir", "model_id")}
@@ -179,25 +188,86 @@ def test_the_card(config, model, palette):
         assert word in text
 
 
-def test_the_card_names_a_model_of_the_hub(config):
-    wanted = config(model_id="CompVis/stable-diffusion-v1-4")
-    card = ModelCard(quest.write_card(wanted, {"strength": "2"}, {"Loss": "loss.png"}))
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_card_names_a_model_of_the_hub(on_gpu, config):
+    wanted = config(model_id="CompVis/stable-diffusion-v1-4", variant="fp16")
+    card = ModelCard(quest.write_card(wanted, "a_name", on_gpu, {"strength": "2"}, {}))
     assert card.data.base_model == "CompVis/stable-diffusion-v1-4"
-    assert '"modelId"' in card.content
+    assert card.data.license == "creativeml-openrail-m" and card.data.inference is True
+    assert {"lora", "stable-diffusion-diffusers", "diffusers"} <= set(card.data.tags)
+    assert '"modelId"' in card.content and "<Gallery />" in card.content
+    how = (
+        "torch.float16, variant='fp16').to(\"cuda\")"
+        if on_gpu
+        else "torch.float32, variant='fp16')"
+    )
+    assert how in card.content
+    for told in ("`<lora:a_name:1>`", "InvokeAI: import that one file", "--exclude result.json"):
+        assert told in card.content
 
 
-def test_the_snippets_in_the_card_run(config, model):
-    wanted = config()
+def snippets(text: str) -> list[str]:
+    """The python blocks of a page, whatever the length of their fences."""
+    return [
+        code for _, code in re.findall(r"^(`{3,})python\n(.*?)^\1$", text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "variant"])
+def test_the_snippets_in_the_card_run_as_printed(kind, config, model, tmp_path, monkeypatch):
+    """On a base model kept in float16 too, whose parts load in dtypes that do not go together."""
+    options, base = {}, tmp_path / "path/to/the/base/model"
+    base.parent.mkdir(parents=True)
+    if kind == "float32":
+        shutil.copytree(model, base)
+    else:
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16)
+        options = {"variant": "fp16"} if kind == "variant" else {}
+        pipe.save_pretrained(base, **options)
+    prompt = "a ```circle``` in `ticks`, 'quotes' and \"quotes\""
+    wanted = config(model_id=str(base), train_prompt=prompt, **options)
     assert quest.main(wanted) == 0
+    (tmp_path / "path/to/this").mkdir()
+    (tmp_path / "path/to/this/folder").symlink_to(wanted.output_dir)
     text = (Path(wanted.output_dir) / "README.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 2
-    for snippet in snippets:
-        code = snippet.replace("path/to/the/base/model", str(model))
-        code = code.replace("path/to/this/folder", wanted.output_dir)
+    monkeypatch.chdir(tmp_path)
+    found = snippets(text)
+    assert len(found) == 2
+    for snippet in found:
         names = {}
-        exec(code, names)  # noqa: S102 - that is the test
-    assert names["unet"].peft_config["default"].r == 4
+        exec(snippet, names)  # noqa: S102 - that is the test
+        assert "image" in names or names["unet"].peft_config["default"].r == 4
+
+
+def test_every_seal_has_a_name_of_its_own(config, tmp_path):
+    names = set()
+    for seed in (0, 1):
+        wanted = config(seed=seed, output_dir=str(tmp_path / f"private{seed}"))
+        assert quest.main(wanted) == 0
+        file = Path(wanted.output_dir) / "pytorch_lora_weights.safetensors"
+        with safe_open(file, "pt") as seal:
+            metadata = seal.metadata()
+        name = metadata["ss_output_name"]
+        assert metadata["modelspec.title"] == name and "private" not in name
+        assert name.startswith("a_painting_in_the_style_of_artist_seal_")
+        text = (Path(wanted.output_dir) / "README.md").read_text()
+        assert f"# {name}" in text and f"`<lora:{name}:1>`" in text
+        names.add(name)
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("side", [64, 256, 512])
+@pytest.mark.parametrize("count", [1, 4])
+def test_previews_can_be_seen(side, count, tmp_path):
+    rows = [[Image.new("RGB", (side, side), c)] * count for c in ("red", "blue")]
+    image = quest.draw_grid(rows, "a painting of a circle in the style of artist_seal")
+    image.save(tmp_path / "grid.png")
+    base, seal = cells(tmp_path / "grid.png", count, side)
+    assert (base == (255, 0, 0)).all() and (seal == (0, 0, 255)).all()
+    head = np.asarray(image)[:20]
+    assert (head == 0).all(2).any()  # the prompt stands above
+    longer = quest.draw_grid(rows, "a painting of a circle " * 30)
+    assert longer.height > image.height and longer.width == image.width
 
 
 # --- the console ---

@@ -211,6 +211,21 @@ def test_noise_offset(config):
     assert torch.cat(means).std().item() == pytest.approx(0.5, rel=0.1)
 
 
+def test_caption_dropout(config, palette):
+    """A share of the samples carries the empty prompt; nothing else about them changes."""
+    (palette / "0.txt").write_text("a red circle")
+    plain, dropping = prepared(config()), prepared(config(caption_dropout=0.3))
+    empty, dropped = dropping.prompt_embeds[""], 0
+    for position in range(600):
+        one, other = plain.draw(position), dropping.draw(position)
+        assert all(torch.equal(one[key], other[key]) for key in one if key != "prompt_embeds")
+        is_empty = torch.equal(other["prompt_embeds"], empty)
+        assert is_empty or torch.equal(one["prompt_embeds"], other["prompt_embeds"])
+        dropped += is_empty
+    assert dropped / 600 == pytest.approx(0.3, abs=0.06)
+    assert not any(torch.equal(plain.draw(i)["prompt_embeds"], empty) for i in range(50))
+
+
 # --- schedule ---
 
 
@@ -354,7 +369,7 @@ def test_stable_diffusion_2_layouts(config, model, tmp_path):
         metadata = f.metadata()
     assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     assert metadata["ss_base_model_version"] == "sd_v2" and metadata["ss_v2"] == "True"
-    assert metadata["modelspec.prediction_type"] == "v_prediction"
+    assert metadata["modelspec.prediction_type"] == "v"
 
 
 @pytest.mark.parametrize(
@@ -379,14 +394,6 @@ def test_other_families_are_refused(name, index, unet, config, model, tmp_path, 
     assert quest.main(config(model_id=str(base))) == 1
     message = capsys.readouterr().err
     assert f"is {name}; this script trains text-to-image Stable Diffusion 1.x and 2.x" in message
-
-
-def test_a_single_file_is_refused_with_the_way_out(config, tmp_path, capsys):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"")
-    assert quest.main(config(model_id=str(file))) == 1
-    message = capsys.readouterr().err
-    assert "is a single file" in message and "from_single_file" in message
 
 
 def test_a_fine_tune_without_an_index_trains(config, model, tmp_path):

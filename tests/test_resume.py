@@ -195,7 +195,7 @@ def test_a_signal_in_training(signum, code, config):
     process.send_signal(signum)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == code, message
-    assert time.monotonic() - sent < 5
+    assert time.monotonic() - sent < 15
     assert "--resume goes on" in message and "Traceback" not in message
     result = result_of(wanted)
     assert result["success"] is False and result["epochsCompleted"] > 0

@@ -1,0 +1,225 @@
+"""One .safetensors file in the original layout as the base model."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import flags, run
+from safetensors.torch import load_file, save_file
+from test_resume import SEAL, interrupt  # noqa: F401 - a fixture
+
+import quest_7_2 as quest
+
+HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose configurations go with SD 1.x
+
+# diffusers' names of parts of a layer, and the original's.
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+EDGES = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+def unet_name(name: str, blocks: int, layers: int, attentive: set[str]) -> str:
+    """The original's name of a UNet weight, as CompVis' openaimodel.py counts its blocks."""
+    stem, kind = name.rsplit(".", 1)
+    if stem in EDGES:
+        return f"{EDGES[stem]}.{kind}"
+    words = name.split(".")
+    if words[0] == "mid_block":
+        number = 1 if words[1] == "attentions" else 2 * int(words[2])
+        head, rest = f"middle_block.{number}", words[3:]
+    else:
+        where, block, what, layer = words[0], int(words[1]), words[2], int(words[3])
+        rest = words[4:]
+        if what == "downsamplers":
+            head, rest = f"input_blocks.{(layers + 1) * (block + 1)}.0.op", rest[1:]
+        elif what == "upsamplers":
+            place = 2 if f"up_blocks.{block}" in attentive else 1
+            head = f"output_blocks.{(layers + 1) * block + layers}.{place}"
+        else:
+            side = "input" if where == "down_blocks" else "output"
+            number = (layers + 1) * block + layer + (side == "input")
+            head = f"{side}_blocks.{number}.{int(what == 'attentions')}"
+    if rest[0] in RESNET and "attentions" not in name:
+        rest = [RESNET[rest[0]], *rest[1:]]
+    return ".".join([head, *rest])
+
+
+def vae_name(name: str, blocks: int) -> str:
+    """The original's name of a VAE weight; its decoder counts its levels from below."""
+    words = name.split(".")
+    if len(words) > 2 and words[1] == "mid_block":
+        if words[2] == "resnets":
+            words = [words[0], "mid", f"block_{int(words[3]) + 1}", *words[4:]]
+        else:
+            part = ".".join(words[4:-1])
+            words = [words[0], "mid", "attn_1", VAE_ATTENTION[part], words[-1]]
+    elif len(words) > 2 and words[1] in ("down_blocks", "up_blocks"):
+        way = words[1].removesuffix("_blocks")
+        level = int(words[2]) if way == "down" else blocks - 1 - int(words[2])
+        if words[3] == "resnets":
+            words = [words[0], way, str(level), "block", *words[4:]]
+        else:
+            words = [words[0], way, str(level), f"{way}sample", *words[5:]]
+    words = ["nin_shortcut" if w == "conv_shortcut" else w for w in words]
+    return ".".join("norm_out" if w == "conv_norm_out" else w for w in words)
+
+
+def original_layout(model: Path, dtype=None, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The weights of a folder in diffusers' layout under the original's names."""
+    tensors = {}
+    weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    attentive = {".".join(n.split(".")[:2]) for n in weights if "attentions" in n}
+    for name, weight in weights.items():
+        tensors[f"model.diffusion_model.{unet_name(name, 2, 1, attentive)}"] = weight
+    for name, weight in load_file(model / "vae" / "diffusion_pytorch_model.safetensors").items():
+        original = vae_name(name, 4)
+        is_conv = "attn_1" in original and weight.ndim == 2
+        tensors[f"first_stage_model.{original}"] = weight[..., None, None] if is_conv else weight
+    for name, weight in load_file(model / "text_encoder" / "model.safetensors").items():
+        name = name.removeprefix("text_model.")
+        tensors[f"cond_stage_model.transformer.text_model.{name}"] = weight
+    if ema:
+        names = [name for name in tensors if name.startswith("model.diffusion_model.")]
+        for name in names:
+            flat = name.removeprefix("model.").replace(".", "")
+            tensors[f"model_ema.{flat}"] = torch.zeros_like(tensors[name])
+    return {name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}
+
+
+@pytest.fixture
+def hub_cache(model, tmp_path, monkeypatch) -> Path:
+    """A hub cache with the configurations of `HUB_ID`, made by hand: those of the small model."""
+    folder = tmp_path / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    shutil.copytree(model, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def seal_of(wanted) -> dict[str, bytes]:
+    assert quest.main(wanted) == 0
+    return {name: (Path(wanted.output_dir) / name).read_bytes() for name in SEAL}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_seal_of_a_file_is_that_of_its_folder(ema, config, model, hub_cache, tmp_path):
+    """Through the command as a user runs it, offline. In float32 on a CPU the weights are used where
+    they lie in the file, and how they are aligned there shows in the last bits of a sum; wherever
+    they are copied (to a GPU, to another precision) the seals are the same byte for byte: below."""
+    file = tmp_path / "private name" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(original_layout(model, ema=ema), file)
+    options = {"lora_dropout": 0.2, "preview_images": 1}
+    one = config(output_dir=str(tmp_path / "one"), **options)
+    assert quest.main(one) == 0
+    wanted = config(output_dir=str(tmp_path / "two"), model_id=str(file), **options)
+    done = run(*flags(wanted))
+    assert done.returncode == 0, done.stderr
+    of_folder, of_file = (
+        load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two")
+    )
+    for name, weight in of_folder.items():
+        assert (weight - of_file[name]).norm() <= 1e-4 * weight.norm()
+    for path in (tmp_path / "two").iterdir():
+        assert path.name == "result.json" or b"private name" not in path.read_bytes()
+    assert "path/to/the/base/model" in (tmp_path / "two" / "README.md").read_text()
+
+
+def test_a_half_precision_file(config, model, hub_cache, tmp_path):
+    file, half = tmp_path / "model.safetensors", tmp_path / "half"
+    save_file(original_layout(model, torch.float16), file)
+    shutil.copytree(model, half)
+    for weights in half.glob("*/*.safetensors"):
+        narrow = {key: t.half() for key, t in load_file(weights).items()}
+        save_file(narrow, weights, {"format": "pt"})
+    for precision in ("no", "fp16", "bf16"):
+        options = {"mixed_precision": precision}
+        of_folder = seal_of(config(model_id=str(half), **options))
+        assert seal_of(config(model_id=str(file), **options)) == of_folder
+
+
+def test_another_file_is_noticed_by_resume(config, model, hub_cache, tmp_path, interrupt, capsys):  # noqa: F811
+    file = tmp_path / "model.safetensors"
+    tensors = original_layout(model)
+    save_file(tensors, file)
+    wanted = config(model_id=str(file), num_train_epochs=4)
+    interrupt(3)
+    assert quest.main(wanted) == 130
+    interrupt(None)
+    save_file({key: tensor + 0.01 for key, tensor in tensors.items()}, file)
+    assert quest.main(replace(wanted, resume=True)) == 2
+    message = capsys.readouterr().err
+    assert "the base model's files" in message
+    save_file(tensors, file)
+    assert quest.main(replace(wanted, resume=True)) == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("model.diffusion_model.input_blocks.0.0.weight", (8, 9, 3, 3)), "is inpainting;"),
+        (
+            ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", (1,)),
+            "is xl_base",
+        ),
+        (("double_blocks.0.img_attn.proj.weight", (1,)), "no whole checkpoint"),
+    ],
+)
+def test_other_files_are_refused_by_their_header(
+    change, message, config, model, hub_cache, tmp_path, capsys
+):
+    file, (name, shape) = tmp_path / "model.safetensors", change
+    tensors = {} if "double" in name else original_layout(model)
+    save_file(tensors | {name: torch.zeros(shape)}, file)
+    assert quest.main(config(model_id=str(file))) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_pickles_are_refused_unread(suffix, config, tmp_path, capsys):
+    file = tmp_path / f"model{suffix}"
+    file.write_bytes(b"cos\nsystem\n(S'touch unpickled'\ntR.")
+    assert quest.main(config(model_id=str(file))) == 1
+    assert "pickled weights are never read" in capsys.readouterr().err
+    assert not Path("unpickled").exists()
+
+
+def test_a_damaged_file_and_one_with_weights_missing(config, model, hub_cache, tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"no safetensors")
+    assert quest.main(config(model_id=str(file))) == 1
+    assert f"model {file} cannot be read" in capsys.readouterr().err
+    tensors = original_layout(model)
+    del tensors["model.diffusion_model.out.2.weight"]
+    save_file(tensors, file)
+    assert quest.main(config(model_id=str(file))) == 1
+    assert "the model's unet" in capsys.readouterr().err
+
+
+def test_without_the_configurations_it_says_what_to_fetch(config, model, tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    save_file(original_layout(model), file)
+    assert quest.main(config(model_id=str(file))) == 1
+    message = capsys.readouterr().err
+    assert f"hf download {HUB_ID} --include '*.json' '*/merges.txt'" in message
+    assert quest.main(config(model_id=str(file), variant="fp16")) == 2
+    assert "--variant is for" in capsys.readouterr().err
