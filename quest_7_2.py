@@ -14,6 +14,7 @@ if __name__ == "__main__":  # until there is more to say of an interruption, a f
 
 import argparse
 import codecs
+import csv
 import errno
 import glob
 import hashlib
@@ -31,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache, partial, wraps
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import NoneType
 from typing import NamedTuple, get_args
@@ -544,6 +545,18 @@ def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
     return {"pixel_values": [torch.stack([p, transforms.functional.hflip(p)]) for p in pixels]}
 
 
+def read_csv(data: BytesIO) -> dict[str, list[str]]:
+    """The columns of a CSV file by their names. Raises ValueError for a row unlike the header: where
+    a comma is not quoted, pandas would take a caption for a name."""
+    rows = [row for row in csv.reader(TextIOWrapper(data, "utf-8", newline="")) if row]
+    header, *rows = rows or [[]]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            fields = f"{len(row)} fields, the header {len(header)}"
+            raise ValueError(f"row {number} has {fields}; quote texts that hold commas")
+    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+
+
 def read_captions(folder: Path, paths: list[Path], train_prompt: str) -> list[str]:
     """The caption of each picture: from imagefolder's metadata file (columns file_name and text),
     else from a .txt file beside it, else the train prompt.
@@ -552,7 +565,7 @@ def read_captions(folder: Path, paths: list[Path], train_prompt: str) -> list[st
     """
     readers = {
         ".jsonl": partial(pandas.read_json, lines=True, dtype=False),
-        ".csv": partial(pandas.read_csv, dtype=str, keep_default_na=False),
+        ".csv": read_csv,
         ".parquet": pandas.read_parquet,
     }
     captions, missing = dict.fromkeys(map(str, paths)), []
@@ -572,7 +585,7 @@ def read_captions(folder: Path, paths: list[Path], train_prompt: str) -> list[st
             if captions[str(path)] is None and path.with_suffix("") in beside:
                 file = beside[path.with_suffix("")]
                 captions[str(path)] = read_ordinary(file).decode("utf-8-sig")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         columns = "; it needs the columns file_name and text" if isinstance(error, KeyError) else ""
         reason = getattr(error, "strerror", None) or first_line(error)
         raise Trouble(f"captions {file}: {reason}{columns}", 2) from None
@@ -1640,8 +1653,11 @@ def main(config: Config) -> None:
     draw_step = partial(draw_update, plan, piece_size, sample_from)
     train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=on_gpu)
     # The same noise for every preview, for the base model's and the seal's.
-    seeds = map(torch.Generator().manual_seed, range(config.preview_images))
-    noises = [torch.randn(1, *moments.shape[-3:], generator=seed) for seed in seeds]
+    generator = torch.Generator()
+    noises = [
+        torch.randn(1, *moments.shape[-3:], generator=generator.manual_seed(seed))
+        for seed in range(config.preview_images)
+    ]
     preview_embeds = torch.stack([prompt_embeds[preview_prompt], prompt_embeds[""]])
     shared = {"noise_scheduler": noise_scheduler, "embeds": preview_embeds, "noises": noises}
     look_with = partial(sample_latents, **shared, autocast=autocast)

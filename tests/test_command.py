@@ -128,7 +128,7 @@ def test_the_json_itself_is_judged(tmp_path):
         (["--resolution", "256.0"], 'must be a whole number, not "256.0"'),
         (["--train-batch-size", "0"], "--train-batch-size (trainBatchSize) must be at least 1"),
         (["--gradient-accumulation-steps", "x"], 'must be a whole number, not "x"'),
-        (["--num-train-epochs", "-3"], "must be at least 1, not -3"),
+        (["--num-train-epochs", "-3"], "must be at least 1 and below 2^31, not -3"),
         (["--learning-rate", "0"], "--learning-rate (learningRate) must be finite and above 0"),
         (["--learning-rate", "nan"], "must be finite and above 0"),
         (["--learning-rate", "inf"], "must be finite and above 0"),
@@ -404,7 +404,7 @@ def test_a_loss_that_is_not_finite_keeps_the_earlier_seal(config, capsys):
 
 
 def test_out_of_memory_names_the_flags(config, capsys):
-    assert quest.main(config(rank=2**36)) == 1
+    assert quest.main(config(rank=2**31 - 1)) == 1
     message = capsys.readouterr().err
     assert "out of memory" in message and "a smaller --resolution or --rank" in message
     assert "--gradient-checkpointing" in message

@@ -319,6 +319,23 @@ def test_captions_as_they_come(config, palette, capsys):
         assert "the caption of '1.png' is no text" in capsys.readouterr().err
 
 
+def test_no_caption_is_printed(config, palette, capsys):
+    """An unquoted comma, a line too long, an empty file: the row is named, not what it says."""
+    for text, message in [
+        (
+            "file_name,text\n0.png,a plain one\n1.png,my secret, with a comma\n",
+            "row 2 has 3 fields",
+        ),
+        ("file_name,text\n0.png,my secret, everywhere\n", "row 1 has 3 fields"),
+        ("my secret\n", "it needs the columns file_name and text"),
+        ("", "metadata.csv"),
+    ]:
+        (palette / "metadata.csv").write_text(text)
+        assert quest.main(config()) == 2
+        told = capsys.readouterr().err
+        assert message in told and "secret" not in told and "Traceback" not in told
+
+
 def test_what_is_left_out_is_said(config, palette, capsys):
     for name in ("a.heic", "b.avif", ".hidden.heic"):
         (palette / name).write_bytes(b"")

@@ -1,6 +1,7 @@
 """The saved files, each loaded as its readers load it, with the same effect on the UNet."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_a_seal_that_does_not_load_is_no_success(config, capsys, monkeypatch):
         assert quest.main(wanted) == 1
         assert "does not do what was trained" in capsys.readouterr().err
         assert {p.name for p in Path(wanted.output_dir).iterdir()} == {"result.json", "checkpoint"}
+        shutil.rmtree(wanted.output_dir)
 
 
 def test_importing_does_not_run():
