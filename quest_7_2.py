@@ -29,7 +29,7 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import lru_cache, partial, wraps
 from io import BytesIO, TextIOWrapper
@@ -478,6 +478,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
@@ -993,11 +994,6 @@ def load_unet(base: Base, config: Config, device: torch.device, dtype: torch.dty
     torch.manual_seed(config.seed)
     unet = get_peft_model(unet, lora_config)
     slim_frozen_layers(unet, config.fp8_base)
-    for layer in unet.modules():
-        # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
-        # (Its disable_input_dtype_casting does this too, but only for the length of a `with`.)
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = dtype is torch.float32
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.to(device)
@@ -1670,6 +1666,9 @@ def main(config: Config) -> None:
     bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
     pending = []  # of each update since the last look: summed loss, rate, gradient norm
     looked, failure = time.monotonic(), None
+    # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
+    in_loop = ExitStack()
+    in_loop.enter_context(disable_input_dtype_casting(unet, dtype is not torch.float32))
     Stop.deferred = True
     unet.train()
     for step, batches in zip(steps, train_dataloader, strict=True):
@@ -1749,6 +1748,7 @@ def main(config: Config) -> None:
             write_previews(file, preview_prompt, partial(look_with, unet), decoder)
             Stop.deferred, looked = True, time.monotonic()
     bar.close()
+    in_loop.close()
     Stop.deferred = False
 
     # --- The seal, judged in a folder of its own first ------------------------------------------

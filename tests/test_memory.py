@@ -269,16 +269,29 @@ def test_lora_inputs_are_not_widened(config):
     unet = run.unet().train()
     batch = run.batch(0)
 
-    def forward():
-        with torch.autocast("cpu", torch.bfloat16):
-            quest.compute_loss(unet, run.noise_scheduler, batch)
+    def saved_bytes(without_casts: bool) -> int:
+        def forward():
+            with torch.autocast("cpu", torch.bfloat16):
+                quest.compute_loss(unet, run.noise_scheduler, batch)
 
-    narrow = saved_for_backward(unet, forward)
-    for layer in unet.modules():
-        if isinstance(layer, quest.LoraLayer):
-            assert layer.cast_input_dtype_enabled is False
-            layer.cast_input_dtype_enabled = True
-    assert narrow < saved_for_backward(unet, forward)
+        with disable_input_dtype_casting(unet, without_casts):
+            return saved_for_backward(unet, forward)
+
+    assert saved_bytes(True) < saved_bytes(False)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_run_does_not_widen_them(precision, config, monkeypatch):
+    compute_loss, found = quest.compute_loss, []
+
+    def spy(unet, *args):
+        layers = [layer for layer in unet.modules() if isinstance(layer, quest.LoraLayer)]
+        found.append({layer.cast_input_dtype_enabled for layer in layers})
+        return compute_loss(unet, *args)
+
+    monkeypatch.setattr(quest, "compute_loss", spy)
+    train(config(mixed_precision=precision))
+    assert found and all(casts == {precision == "no"} for casts in found)
 
 
 @pytest.mark.parametrize(
