@@ -1,5 +1,6 @@
 """One .safetensors file in the original layout as the base model."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ VAE_ATTENTION = {
 }
 
 
-def unet_name(name: str, blocks: int, layers: int, attentive: set[str]) -> str:
+def unet_name(name: str, layers: int, attentive: set[str]) -> str:
     """The original's name of a UNet weight, as CompVis' openaimodel.py counts its blocks."""
     stem, kind = name.rsplit(".", 1)
     if stem in EDGES:
@@ -81,10 +82,11 @@ def vae_name(name: str, blocks: int) -> str:
 def original_layout(model: Path, dtype=None, ema: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a folder in diffusers' layout under the original's names."""
     tensors = {}
+    layers = json.loads((model / "unet" / "config.json").read_text())["layers_per_block"]
     weights = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     attentive = {".".join(n.split(".")[:2]) for n in weights if "attentions" in n}
     for name, weight in weights.items():
-        tensors[f"model.diffusion_model.{unet_name(name, 2, 1, attentive)}"] = weight
+        tensors[f"model.diffusion_model.{unet_name(name, layers, attentive)}"] = weight
     for name, weight in load_file(model / "vae" / "diffusion_pytorch_model.safetensors").items():
         original = vae_name(name, 4)
         is_conv = "attn_1" in original and weight.ndim == 2
