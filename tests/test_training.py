@@ -281,8 +281,7 @@ def test_final_loss_is_the_mean_over_the_last_epoch(config, model):
     wanted = config(learning_rate=1e-12, lora_dropout=0.0, train_batch_size=2)
     quest.main(wanted)
     result = quest.json.loads((Path(wanted.output_dir) / "result.json").read_text())
-    # Nothing learned is a failure of its own, but the epochs count.
-    assert result["success"] is False and result["epochsCompleted"] == 2
+    assert result["epochsCompleted"] == 2  # success or not: is the last bit of an output learned?
     cache = prepared(wanted)
     unet = cache.unet()
     noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
