@@ -9,13 +9,12 @@ from the pictures to the seal told in one piece. README.md tells what the option
 import signal
 import sys
 
-if __name__ == "__main__":  # until there is more to say of an interruption, a few lines below
+# Until there is more to say of an interruption, a few lines below. (nohup and & ignore some.)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import codecs
 import csv
-import errno
 import glob
 import hashlib
 import json
@@ -27,14 +26,12 @@ import textwrap
 import threading
 import time
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from functools import lru_cache, partial, wraps
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from types import NoneType
 from typing import NamedTuple, get_args
 
 try:
@@ -47,24 +44,35 @@ except ImportError:  # Windows
 
 
 class Trouble(Exception):
-    """What stops a run: one message for the user, and the exit code (2: refused, 1: failed)."""
+    """What stops a run, as one message for the user."""
 
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 1
+
+
+class Refused(Trouble):
+    """Trouble with what was given: arguments, folders, pictures."""
+
+    exit_code = 2
 
 
 def say(message, stream=None) -> None:
     """A line on stderr, or on another stream. It never fails, and sends a terminal no control
     characters, which a stranger's file may hold in a name."""
     stream = stream or sys.stderr
+    encoding = stream.encoding or "utf-8"
     line = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(message))
     try:
-        line = line.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding)
+        line = line.encode(encoding, "backslashreplace").decode(encoding)
         print(line, file=stream, flush=True)
     except (OSError, ValueError):  # closed, or full: what is left in its buffer must not matter
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def reason_of(error: BaseException) -> str:
+    """In one line and without the path, which the message around it names."""
+    told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return told.splitlines()[0]
 
 
 class Stop:
@@ -95,17 +103,16 @@ SHARE = ("at least 0 and below 1", lambda p: 0 <= p < 1)
 TIMES_8 = ("a positive multiple of 8, at most 16384", lambda n: 0 < n <= 16384 and n % 8 == 0)
 
 
-def one_of(*names: str) -> tuple:
-    return f"one of {', '.join(names)}", lambda name: name in names
+def one_of(names: str) -> tuple:
+    return f"one of {names}", names.split(", ").__contains__
 
 
-PRECISION = one_of("fp16", "bf16", "no")
-RESIZE = one_of("squash", "crop")
+PRECISION = one_of("fp16, bf16, no")
+RESIZE = one_of("squash, crop")
 # diffusers has piecewise_constant too, which needs rules that no flag gives.
-SCHEDULES = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial"
-SCHEDULE = one_of(*SCHEDULES.split())
+SCHEDULES = "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial"
 # PEFT's others change the base model's weights, of which no program that loads the seal knows.
-INIT = one_of("gaussian", "orthogonal")
+INIT = one_of("gaussian, orthogonal")
 KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -140,7 +147,7 @@ class Config:
     mixed_precision: str | None = option(None, PRECISION, "default: fp16 on CUDA, no elsewhere")
     gradient_checkpointing: bool = option(False, ANY, "less memory, slower")
     fp8_base: bool = option(False, ANY, "frozen weights in 8 bits: half the memory for them")
-    lr_scheduler: str = option("constant", SCHEDULE, "course of the learning rate")
+    lr_scheduler: str = option("constant", one_of(SCHEDULES), "course of the learning rate")
     lr_warmup_steps: int = option(0, NATURAL, "updates in which the learning rate rises from 0")
     max_grad_norm: float = option(1.0, ABOVE_0, "gradients are clipped to this norm")
     snr_gamma: float | None = option(None, ABOVE_0, "min-SNR loss weights; 5 is usual")
@@ -157,25 +164,28 @@ class Config:
     def __post_init__(self):
         for option in fields(self):
             value, kind = getattr(self, option.name), kind_of(option)
-            # A whole number will do for a float; `true` is no number, though Python says so.
-            if kind is float and type(value) is int and abs(value) < 2**1000:
-                object.__setattr__(self, option.name, value := float(value))
-            limit, valid = option.metadata["limit"]
-            if value is None and NoneType in get_args(option.type):
+            # A flag's text, or a whole number for a float; `true` is no number, though Python says
+            # so. A text that is no number stays one, to be refused.
+            if kind in (int, float) and type(value) in (int, str):
+                with suppress(ValueError, OverflowError):
+                    object.__setattr__(self, option.name, value := kind(value))
+            limit, is_valid = option.metadata["limit"]
+            if value is None and type(None) in get_args(option.type):
                 continue
-            if type(value) is not kind or not valid(value):
+            if type(value) is not kind or not is_valid(value):
+                name = f"{flag_of(option)} ({key_of(option)})"
                 needed = limit if type(value) is kind else KINDS[kind]
-                raise Trouble(f"{name_of(option)} must be {needed}, not {shown(value)}", 2)
+                raise Refused(f"{name} must be {needed}, not {shown(value)}")
         if self.init_lora_weights == "orthogonal" and self.rank % 2:
-            raise Trouble("--init-lora-weights orthogonal needs an even --rank", 2)
+            raise Refused("--init-lora-weights orthogonal needs an even --rank")
         if self.use_dora and self.fp8_base:
-            raise Trouble("--use-dora needs the weights at hand that --fp8-base narrows", 2)
+            raise Refused("--use-dora needs the weights at hand that --fp8-base narrows")
 
 
-# What --resume may change: where things lie (the pictures themselves are compared), how long it
-# goes on, and what leaves the arithmetic alone.
-FREE_TO_CHANGE = {"dataset_dir", "output_dir", "num_train_epochs", "max_train_steps", "resume"}
-FREE_TO_CHANGE |= {"checkpointing_steps", "gradient_checkpointing", "preview_images"}
+# What --resume may change: where things lie (what lies there is compared), how long the run goes
+# on, and what leaves the arithmetic alone.
+FREE_TO_CHANGE = {"dataset_dir", "output_dir", "model_id", "num_train_epochs", "max_train_steps"}
+FREE_TO_CHANGE |= {"resume", "checkpointing_steps", "gradient_checkpointing", "preview_images"}
 FREE_TO_CHANGE |= {"preview_prompt", "preview_every_epochs"}
 
 
@@ -189,12 +199,7 @@ def flag_of(option: Field) -> str:
 
 
 def key_of(option: Field) -> str:
-    first, *rest = option.name.split("_")
-    return first + "".join(word.capitalize() for word in rest)
-
-
-def name_of(option: Field) -> str:
-    return f"{flag_of(option)} ({key_of(option)})"
+    return re.sub("_(.)", lambda match: match[1].upper(), option.name)
 
 
 def shown(value) -> str:
@@ -202,161 +207,129 @@ def shown(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def json_to_flags(text: str) -> list[str]:
-    """The flags that a JSON object of options stands for. Raises ValueError for any other text, and
-    Trouble (exit code 2) for a value that no flag could have."""
-    options = {key_of(option): option for option in fields(Config)}
-    # A number stays as it is written, for the flag to judge.
-    as_written = {"parse_int": str, "parse_float": str, "parse_constant": str}
-    given = json.loads(text, object_pairs_hook=tuple, **as_written)
-    if not isinstance(given, tuple):
+def read_json(text: str) -> dict:
+    """A JSON object's options by their names in Config, which judges their values; null means not
+    given. Raises ValueError."""
+    names, given = {key_of(option): option.name for option in fields(Config)}, {}
+    pairs = json.loads(text, object_pairs_hook=tuple)
+    if not isinstance(pairs, tuple):
         raise ValueError("must hold one JSON object")  # noqa: TRY004 - as json's own errors
-    for key, count in Counter(key for key, _ in given).items():
-        if key not in options:
-            raise ValueError(f"unknown key {shown(key)}")
-        if count > 1:
-            raise ValueError(f"{key} stands there twice")
-    flags = []
-    for key, value in given:
-        option, is_switch = options[key], kind_of(options[key]) is bool
-        if value is None:  # not given
-            continue
-        if isinstance(value, list | tuple) or isinstance(value, bool) is not is_switch:
-            needed = KINDS[kind_of(option)]
-            raise Trouble(f"{name_of(option)} must be {needed}, not {shown(value)}", 2)
-        if is_switch:
-            flags.append(flag_of(option) if value else flag_of(option).replace("--", "--no-", 1))
-        else:
-            flags.append(f"{flag_of(option)}={value}")
-    return flags
+    for key, value in pairs:
+        if key not in names or names[key] in given:
+            raise ValueError(f"{'repeated' if key in names else 'unknown'} key {shown(key)}")
+        given[names[key]] = value
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def read_config(argv: list[str]) -> Config:
-    """Defaults < the JSON < flags. Raises Trouble (exit code 2) for what is not valid."""
+    """Defaults < the JSON < flags. Raises Refused for what is not valid."""
     about = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser("quest_7_2.py", description=about, allow_abbrev=False)
     parser.add_argument("--config", metavar="X", help="JSON of options in camelCase, or its file")
     for option in fields(Config):
-        limit, _ = option.metadata["limit"]
-        help = "; ".join(filter(None, [option.metadata["help"], limit if limit != PATH[0] else ""]))
+        limit = "" if option.metadata["limit"] is PATH else option.metadata["limit"][0]
+        help = "; ".join(filter(None, [option.metadata["help"], limit]))
         help += "" if option.default is None else f" (default: {option.default})"
         is_switch = kind_of(option) is bool
         how = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "X"}
         parser.add_argument(flag_of(option), help=help, default=argparse.SUPPRESS, **how)
 
     def refuse(message: str):
-        raise Trouble(f"{message}; --help lists the options", 2)
+        raise Refused(f"{message}; --help lists the options")
 
     parser.error = refuse
-    source, words = parser.parse_args(argv).config, []
-    if source is not None:
+    given = vars(parser.parse_args(argv))
+    if (source := given.pop("config")) is not None:
+        is_text = source.lstrip().startswith("{")
         try:
-            is_text = source.lstrip().startswith("{")
-            words = json_to_flags(source if is_text else read_ordinary(Path(source)).decode())
+            text = source if is_text else read_ordinary(Path(source)).decode()
+            given = read_json(text) | given
         except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
             where = "--config" if is_text else f"--config {source}"
-            raise Trouble(f"{where}: {reason}", 2) from None
-    given = vars(parser.parse_args(words + argv))
-    del given["config"]
-    for option in fields(Config):
-        # A text that is no number is left as it is, for Config to refuse.
-        if kind_of(option) in (int, float) and option.name in given:
-            with suppress(ValueError):
-                given[option.name] = kind_of(option)(given[option.name])
+            raise Refused(f"{where}: {reason_of(error)}") from None
     return Config(**given)
 
 
-# What Pillow reads well of imagefolder's own list.
+# What Pillow reads well of imagefolder's own list; what it does not; what may hold captions.
 SUFFIXES = ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff .tga .ppm"
 OTHER_SUFFIXES = ".heic .heif .avif .jxl .jp2 .svg .eps .psd .raw .dng"
+CAPTION_SUFFIXES = ".txt .jsonl .csv .parquet"
 
 
-def list_files(folder: Path, suffixes: str = SUFFIXES) -> list[Path]:
-    """All such files in a folder and its subfolders, by name; what is hidden is left out."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
-    return sorted(folder / path for path in shown if path.suffix.lower() in suffixes.split())
+def list_files(folder: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Pictures and caption files in a folder and its subfolders, by name, and what looks as if it
+    were meant and is not read, each with the reason. What is hidden is passed over."""
+    files, left_out = [], []
 
-
-def list_left_out(folder: Path) -> list[str]:
-    """What looks as if it were meant and is not read, each with the reason."""
-    left_out = []
-
-    def note(path: Path, why: str) -> None:
+    def leave_out(path, why: str) -> None:
         left_out.append(f"{os.path.relpath(path, folder)} ({why})")
 
-    for root, folders, files in os.walk(folder, onerror=lambda e: note(e.filename, e.strerror)):
+    walk = os.walk(folder, onerror=lambda error: leave_out(error.filename, error.strerror))
+    for root, folders, names in walk:
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(root, name) for name in folders if Path(root, name).is_symlink()):
-            note(path, "a linked folder")
-        for path in (Path(root, name) for name in files if not name.startswith(".")):
-            if path.suffix.lower() in OTHER_SUFFIXES.split():
-                note(path, "a kind that is not read")
-    return left_out
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+        for path in filter(Path.is_symlink, (Path(root, name) for name in folders)):
+            leave_out(path, "a linked folder")
+
+    def having(suffixes: str) -> list[Path]:
+        return sorted(path for path in files if path.suffix.lower() in suffixes.split())
+
+    for path in having(OTHER_SUFFIXES):
+        leave_out(path, "a kind that is not read")
+    return having(SUFFIXES), having(CAPTION_SUFFIXES), left_out
 
 
 def read_ordinary(path: Path) -> bytes:
     """A file's bytes. Raises OSError also for a pipe or a device, which might never end."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is not an ordinary file", str(path))
+        raise OSError(0, "is not an ordinary file", str(path))
     return path.read_bytes()
 
 
-# The names under which a run writes into the output folder. It replaces nothing else there.
+# What a run leaves in the output folder besides result.json. It first makes all of it in
+# checkpoint/, beside the checkpoint, and replaces nothing else.
+OUTPUTS = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+OUTPUTS += ["README.md", "preview.png", "previews/epoch-*.png", "loss.png", "loss.csv"]
 CHECKPOINT = "checkpoint/checkpoint.pt"
-SEAL_FILES = ["adapter_config.json", "adapter_model.safetensors"]
-SEAL_FILES += ["pytorch_lora_weights.safetensors"]
-LOOKS = ["preview.png", "loss.png", "loss.csv", "README.md"]
-PREVIEWS = "previews/epoch-*.png"
 
 
 def check_folders(config: Config) -> None:
-    """Raises Trouble (exit code 2) for a dataset that is not there, and for an output folder that
-    cannot be written, lies in the dataset or the model (or the other way round), or holds what no
-    run of ours left under the names that this one will write."""
+    """Raises Refused for a dataset that is not there, and for an output folder that cannot be
+    written, lies in the dataset or the model (or the other way round), or holds what no run of ours
+    left under the names that this one will write."""
     dataset_dir, output_dir = Path(config.dataset_dir), Path(config.output_dir).absolute()
     if not dataset_dir.is_dir():
         what = "is a file, not a folder" if dataset_dir.exists() else "does not exist"
-        raise Trouble(f"dataset folder {dataset_dir} {what}; name one with --dataset-dir", 2)
+        raise Refused(f"dataset folder {dataset_dir} {what}; name one with --dataset-dir")
     os.scandir(dataset_dir).close()  # raises OSError for one that cannot be read
-    if not list_files(dataset_dir):
-        raise Trouble(f"dataset folder {dataset_dir} has no pictures ({SUFFIXES})", 2)
+    if not list_files(dataset_dir)[0]:
+        raise Refused(f"dataset folder {dataset_dir} has no pictures ({SUFFIXES})")
     ours = Path(os.path.realpath(output_dir))
     for what, path in [("dataset", dataset_dir), ("model", Path(config.model_id))]:
         theirs = Path(os.path.realpath(path))
         if path.exists() and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
             both = f"output folder {output_dir} must not be in the {what} folder {path}"
-            raise Trouble(f"{both}, nor the other way round", 2)
+            raise Refused(f"{both}, nor the other way round")
 
-    names = [*SEAL_FILES, *LOOKS, "result.json", "previews", "checkpoint"]
-    found = [output_dir / name for name in names if os.path.lexists(output_dir / name)]
-    is_known = read_result(output_dir) is not None or (output_dir / CHECKPOINT).is_file()
-    if is_known:  # by a run of ours: then only what it cannot have left
-        found = [
-            path
-            for path in found
-            if path.is_symlink()
-            or not (path.is_dir() if path.name in ("previews", "checkpoint") else path.is_file())
-        ]
-    if found:
-        told = ", ".join(path.name for path in found)
-        raise Trouble(
-            f"output folder {output_dir} holds what no run of this script left: {told}", 2
-        )
-    if not config.resume and (output_dir / CHECKPOINT).is_file():
+    is_interrupted = (output_dir / CHECKPOINT).is_file()
+    is_known = is_interrupted or read_result(output_dir) is not None
+
+    def is_strange(path: Path) -> bool:
+        is_right_kind = path.is_dir() if path.name in ("previews", "checkpoint") else path.is_file()
+        return os.path.lexists(path) and not (is_known and is_right_kind and not path.is_symlink())
+
+    names = [Path(name).parts[0] for name in [*OUTPUTS, CHECKPOINT, "result.json"]]
+    if strange := [name for name in names if is_strange(output_dir / name)]:
+        left = f"holds what no run of this script left: {', '.join(strange)}"
+        raise Refused(f"output folder {output_dir} {left}")
+    if is_interrupted and not config.resume:
         ways = f"go on from it with --resume, or delete {output_dir / 'checkpoint'}"
-        raise Trouble(f"output folder {output_dir} holds an interrupted run's work: {ways}", 2)
+        raise Refused(f"output folder {output_dir} holds an interrupted run's work: {ways}")
     existing = next(path for path in [output_dir, *output_dir.parents] if os.path.lexists(path))
     try:
         tempfile.TemporaryFile(dir=existing).close()  # asking for permissions is not enough
     except OSError as error:
-        reason = error.strerror
-        raise Trouble(f"output folder {output_dir} cannot be written: {reason}", 2) from None
+        raise Refused(f"output folder {output_dir} cannot be written: {error.strerror}") from None
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -394,64 +367,52 @@ def read_result(output_dir: Path) -> dict | None:
     return found if is_ours and isinstance(found["success"], bool) else None
 
 
-def disown_older_result(output_dir: str) -> None:
-    """Turn an earlier run's `result.json` to false now: however this run ends, it stays honest."""
-    if read_result(Path(output_dir)):
-        write_result(output_dir, success=False)
+LOCKS = []  # file descriptors; the system frees what they lock however we end
 
 
-class Lock:
-    """The output folder itself, locked for this process while `held`, a file descriptor, is open.
-
-    The system frees it however we end. (Windows has no such lock.)
-    """
-
-    held = None
-
-    @classmethod
-    def take(cls, folder: Path) -> None:
-        """Raises Trouble (exit code 2) if another run has it. Nothing to do before it exists."""
-        if cls.held is None and fcntl and folder.is_dir():
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(descriptor)
-                raise Trouble(f"output folder {folder} is in use by another run", 2) from None
-            cls.held = descriptor
-
-    @classmethod
-    def release(cls) -> None:
-        if cls.held is not None:
-            os.close(cls.held)
-            cls.held = None
+def lock(folder: Path) -> None:
+    """Lock the output folder, once it is there, for this process. Raises Refused if another run has
+    it. (Windows has no such lock.)"""
+    if fcntl and folder.is_dir() and not LOCKS:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise Refused(f"output folder {folder} is in use by another run") from None
+        LOCKS.append(descriptor)
 
 
 def begin(argv: list[str]) -> Config:
     """Judge the command and take the output folder, or say what is wrong and exit with 2.
 
     A command line that cannot be understood touches nothing; one that can turns an older
-    `result.json` to false before anything else is judged.
+    `result.json` to false before anything else is judged: however this run ends, it stays honest.
     """
     try:
         config = read_config(argv)
         tempfile.gettempdir()  # torch's import wants it too
-        Lock.take(Path(config.output_dir))
-        disown_older_result(config.output_dir)
+        lock(Path(config.output_dir))
+        if read_result(Path(config.output_dir)):
+            write_result(config.output_dir, success=False)
         check_folders(config)
         return config
     except (Trouble, OSError) as error:
-        known = isinstance(error, Trouble)
-        say(error if known else f"{error.filename or 'here'}: {error.strerror or error}")
+        where = "" if isinstance(error, Trouble) else f"{error.filename or 'here'}: "
+        say(where + (str(error) if isinstance(error, Trouble) else reason_of(error)))
         sys.exit(2)
 
 
 if __name__ == "__main__":
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows lacks one
-            signal.signal(getattr(signal, name), Stop.on_signal)
+        signum = getattr(signal, name, None)  # Windows lacks one
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, Stop.on_signal)
     # A typing mistake is answered here; the imports below take eight seconds.
     config = begin(sys.argv[1:])
+
+# Or a matrix product's last bits depend on where in memory a weight lies.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import datasets
 import diffusers
@@ -461,22 +422,11 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders.single_file_utils import (
-    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
-    create_diffusers_clip_model_from_ldm,
-    infer_diffusers_model_type,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
@@ -486,11 +436,11 @@ from safetensors.torch import save
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
+from torchvision.utils import make_grid
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 # ==== The pictures ===========================================================================
-
 
 # Pillow's own decoders of these: of others, some start a program, as Ghostscript for PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "TGA", "PPM")
@@ -509,9 +459,8 @@ def open_rgb(data: bytes) -> Image.Image:
         raise ValueError("is not the picture that its name says") from None
     pixels = math.prod(image.size)
     if pixels > MOST_PIXELS:
-        raise ValueError(
-            f"has {pixels / 1e6:.0f} million pixels; at most {MOST_PIXELS // 10**6} are read"
-        )
+        most = f"at most {MOST_PIXELS // 10**6} are read"
+        raise ValueError(f"has {pixels / 1e6:.0f} million pixels; {most}")
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("has 32 bits a channel, of unknown range; save it with 8 or 16")
     with ONE_AT_A_TIME if pixels > 2**24 else nullcontext():
@@ -541,16 +490,15 @@ def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
         data = read_ordinary(Path(image["path"]))
         if hashlib.sha256(data).hexdigest() != digest:
             raise Trouble(f"picture {image['path']} changed after it was checked; start again")
-        pixels.append(open_rgb(data))
-    pixels = [normalize(transforms.functional.to_tensor(resize(image))) for image in pixels]
+        pixels.append(normalize(transforms.functional.to_tensor(resize(open_rgb(data)))))
     return {"pixel_values": [torch.stack([p, transforms.functional.hflip(p)]) for p in pixels]}
 
 
 def read_csv(data: BytesIO) -> dict[str, list[str]]:
-    """The columns of a CSV file by their names. Raises ValueError for a row unlike the header: where
-    a comma is not quoted, pandas would take a caption for a name."""
-    rows = [row for row in csv.reader(TextIOWrapper(data, "utf-8", newline="")) if row]
-    header, *rows = rows or [[]]
+    """The columns of a CSV file by their names. Raises ValueError for a row unlike the header:
+    where a comma is not quoted, pandas would take a caption for a name."""
+    rows = [row for row in csv.reader(TextIOWrapper(data, "utf-8", newline="")) if row] or [[]]
+    header = rows.pop(0)
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
             fields = f"{len(row)} fields, the header {len(header)}"
@@ -558,42 +506,42 @@ def read_csv(data: BytesIO) -> dict[str, list[str]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
 
-def read_captions(folder: Path, paths: list[Path], train_prompt: str) -> list[str]:
+CAPTION_READERS = {
+    ".jsonl": partial(pandas.read_json, lines=True, dtype=False),
+    ".csv": read_csv,
+    ".parquet": pandas.read_parquet,
+}
+
+
+def read_captions(files: list[Path], pictures: list[Path], train_prompt: str) -> list[str]:
     """The caption of each picture: from imagefolder's metadata file (columns file_name and text),
     else from a .txt file beside it, else the train prompt.
 
-    Raises Trouble (exit code 2) for files that cannot be read or name pictures that are not there.
+    Raises Refused for files that cannot be read or name pictures that are not there.
     """
-    readers = {
-        ".jsonl": partial(pandas.read_json, lines=True, dtype=False),
-        ".csv": read_csv,
-        ".parquet": pandas.read_parquet,
-    }
-    captions, missing = dict.fromkeys(map(str, paths)), []
+    captions, texts, missing = dict.fromkeys(map(str, pictures)), {}, []
+    stems = {path.with_suffix("") for path in pictures}
     try:
-        for file in list_files(folder, " ".join(readers)):
-            if file.stem.lower() == "metadata":
-                data = read_ordinary(file).removeprefix(codecs.BOM_UTF8)
-                table = readers[file.suffix.lower()](BytesIO(data))
+        for file in files:
+            kind, stem = file.suffix.lower(), file.with_suffix("")
+            if kind == ".txt" and stem in stems:
+                texts[stem] = read_ordinary(file).decode("utf-8-sig")
+            elif kind != ".txt" and stem.name.lower() == "metadata":
+                data = read_ordinary(file).removeprefix(b"\xef\xbb\xbf")
+                table = CAPTION_READERS[kind](BytesIO(data))
                 for name, text in zip(table["file_name"], table["text"], strict=True):
                     path = os.path.normpath(file.parent / str(name))
                     missing += [f"{name!r} in {file.name}"] if path not in captions else []
                     if not isinstance(text, str) and (np.ndim(text) or not pandas.isna(text)):
                         raise ValueError(f"the caption of {name!r} is no text")
-                    captions[path] = text
-        beside = {file.with_suffix(""): file for file in list_files(folder, ".txt")}
-        for path in paths:
-            if captions[str(path)] is None and path.with_suffix("") in beside:
-                file = beside[path.with_suffix("")]
-                captions[str(path)] = read_ordinary(file).decode("utf-8-sig")
+                    captions[path] = text if isinstance(text, str) else None
     except (OSError, ValueError, KeyError, csv.Error) as error:
         columns = "; it needs the columns file_name and text" if isinstance(error, KeyError) else ""
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise Trouble(f"captions {file}: {reason}{columns}", 2) from None
+        raise Refused(f"captions {file}: {reason_of(error)}{columns}") from None
     if missing:
-        raise Trouble("captions for pictures that are not there: " + ", ".join(missing), 2)
-    told = [captions[str(path)] for path in paths]
-    return [t.strip() if isinstance(t, str) and t.strip() else train_prompt for t in told]
+        raise Refused("captions for pictures that are not there: " + ", ".join(missing))
+    told = [captions[str(path)] or texts.get(path.with_suffix("")) or "" for path in pictures]
+    return [text.strip() or train_prompt for text in told]
 
 
 def examine(path: Path) -> tuple[str, tuple[int, int], str]:
@@ -601,39 +549,36 @@ def examine(path: Path) -> tuple[str, tuple[int, int], str]:
     try:
         if "::" in str(path):
             raise ValueError('imagefolder cannot open a path with "::" in it')
-        str(path).encode()
+        str(path).encode()  # nor one that is no UTF-8
         data = read_ordinary(path)
-        size = open_rgb(data).size
-        return hashlib.sha256(data).hexdigest(), size, ""
+        return hashlib.sha256(data).hexdigest(), open_rgb(data).size, ""
     except Exception as error:  # noqa: BLE001 - decoders raise anything on bad bytes
-        reason = getattr(error, "strerror", None) or first_line(error)
-        return "", (0, 0), f"\n  {str(path)!r}: {reason}"
+        return "", (0, 0), f"\n  {str(path)!r}: {reason_of(error)}"
 
 
 def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str, str]]:
     """The folder as a `datasets` imagefolder whose rows are `apply_transforms`' pixel values; the
     caption of each picture; and by its name in the folder a SHA-256 of both.
 
-    Raises Trouble (exit code 2) with a list of all pictures that cannot be used.
+    Raises Refused with a list of all pictures that cannot be used.
     """
     # Normalised, as the captions' paths are: the default folder begins with "..".
     folder = Path(os.path.abspath(config.dataset_dir))
-    paths = list_files(folder)
-
+    paths, caption_files, left_out = list_files(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         examined = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None)
         digests, sizes, problems = zip(*examined, strict=True)
     if problems := [problem for problem in problems if problem]:
         told = f"{len(problems)} of {len(paths)} pictures cannot be used, mend or remove them:"
-        raise Trouble(told + "".join(problems), 2)
+        raise Refused(told + "".join(problems))
 
-    captions = read_captions(folder, paths, config.train_prompt)
+    captions = read_captions(caption_files, paths, config.train_prompt)
     own = sum(caption != config.train_prompt for caption in captions)
     sizes = sorted(sizes, key=math.prod)
     extent = dict.fromkeys(f"{width}×{height}" for width, height in (sizes[0], sizes[-1]))
     count = "1 picture" if len(paths) == 1 else f"{len(paths)} pictures"
     say(f"{count}, {' to '.join(extent)} pixels, {own} with captions of their own")
-    if left_out := list_left_out(folder):
+    if left_out:
         more = f" and {len(left_out) - 20} more" if len(left_out) > 20 else ""
         say(f"{count}, {len(left_out)} left out: {', '.join(left_out[:20])}{more}")
 
@@ -668,12 +613,6 @@ class Base(NamedTuple):
     file: Path | None = None
 
 
-# Of a file in the original layout: how its keys begin for each part.
-PREFIXES = {
-    "text_encoder": "cond_stage_model.",
-    "vae": "first_stage_model.",
-    "unet": "model.diffusion_model.",
-}
 # What a part's folder must hold, one of; {} stands for a variant such as ".fp16".
 PART_FILES = {
     "tokenizer": ["tokenizer.json", "vocab.json"],
@@ -682,33 +621,34 @@ PART_FILES = {
     "unet": [f"diffusion_pytorch_model{{}}{shard}.safetensors" for shard in ("", "-00001-of-*")],
     "scheduler": ["scheduler_config.json"],
 }
+# Of a file in the original layout: how its keys begin for each part.
+PREFIXES = {"text_encoder": "cond_stage_model.", "vae": "first_stage_model."}
+PREFIXES["unet"] = "model.diffusion_model."
+TRAINED = "text-to-image Stable Diffusion 1.x and 2.x, no SDXL, SD3, Flux or inpainting model"
 
 
 def check_family(model_id: str, folder: Path) -> None:
     """Raises Trouble for a model that is not Stable Diffusion 1.x or 2.x, text to image."""
 
-    configs = []
-    names = ["model_index.json", "unet/config.json", "text_encoder/config.json", "vae/config.json"]
-    for name in [*names, "scheduler/scheduler_config.json"]:
-        configs.append({})
-        with suppress(OSError, ValueError):
-            configs[-1] = dict(json.loads(read_ordinary(folder / name)))
-    index, unet, text, vae, scheduler = configs
+    def read(name: str) -> dict:
+        with suppress(OSError, ValueError, TypeError):
+            return dict(json.loads(read_ordinary(folder / name)))
+        return {}
+
+    unet, text, vae = (read(f"{part}/config.json") for part in ("unet", "text_encoder", "vae"))
+    index, scheduler = read("model_index.json"), read("scheduler/scheduler_config.json")
     fits = not index.keys() & {"transformer", "text_encoder_2", "prior", "controlnet"}
     if unet and text:
         fits &= unet.get("in_channels", 4) == 4 and not unet.get("addition_embed_type")
         fits &= unet.get("cross_attention_dim") == text.get("hidden_size")
     if not fits:
-        trained = (
-            "text-to-image Stable Diffusion 1.x and 2.x, no SDXL, SD3, Flux or inpainting model"
-        )
         what = index.get("_class_name", "something else")
-        raise Trouble(f"model {model_id} is {what}; this script trains {trained}")
+        raise Trouble(f"model {model_id} is {what}; this script trains {TRAINED}")
     kinds = ("epsilon", "v_prediction", "sample")
     timesteps = scheduler.get("num_train_timesteps", 1000)
     for needed, is_met in {
         "a VAE of 4 latent channels": vae.get("latent_channels", 4) == 4,
-        "a VAE with a scaling_factor above 0": 0 < vae.get("scaling_factor", 0.18215) < math.inf,
+        "a VAE with a scaling_factor above 0": 0 < (vae.get("scaling_factor", 1) or 0) < math.inf,
         "a scheduler of noise, not of flow": "Flow" not in scheduler.get("_class_name", ""),
         f"a prediction_type of {kinds}": scheduler.get("prediction_type", "epsilon") in kinds,
         "a scheduler of 1 timestep or more": isinstance(timesteps, int) and timesteps > 0,
@@ -717,9 +657,19 @@ def check_family(model_id: str, folder: Path) -> None:
             raise Trouble(f"model {model_id} lacks {needed}: it cannot be trained like this")
 
 
+def download(hub_id: str, patterns: list[str], what: str, otherwise: str) -> Path:
+    """A hub repository's files, or from the hub's cache: the one place that may use the network.
+    Raises Trouble that says `what` is missing and what to do `otherwise`."""
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # noqa: BLE001 - the hub, the network and the disk may fail
+        could_not = f"could not be had from the hub ({type(error).__name__})"
+        raise Trouble(f"{what} {could_not}: {otherwise}") from None
+
+
 def find_file(file: Path) -> Base:
-    """A file in the original layout, judged by its header, with the configurations that go with it:
-    from the hub once, then from the hub's cache. Raises Trouble for what is not trained."""
+    """A file in the original layout, judged by its header, with the configurations that go with it,
+    from the hub once. Raises Trouble for what is not trained."""
     if file.suffix != ".safetensors":
         why = "pickled weights are never read, they can run code"
         raise Trouble(f"model {file} is no .safetensors file: {why}")
@@ -727,72 +677,58 @@ def find_file(file: Path) -> Base:
         with safe_open(file, "pt") as header:
             shapes = {key: header.get_slice(key).get_shape() for key in header.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise Trouble(f"model {file} cannot be read: {first_line(error)}") from None
-    kind = infer_diffusers_model_type(
-        {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    )
+        raise Trouble(f"model {file} cannot be read: {reason_of(error)}") from None
+    empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    kind = single_file_utils.infer_diffusers_model_type(empty)
     if kind not in ("v1", "v2"):
-        trained = "Stable Diffusion 1.x and 2.x, no SDXL, SD3, Flux or inpainting model"
-        raise Trouble(f"model {file} is {kind}; this script trains text-to-image {trained}")
+        raise Trouble(f"model {file} is {kind}; this script trains {TRAINED}")
     for part, prefix in PREFIXES.items():
         if not any(key.startswith(prefix) for key in shapes):
             raise Trouble(f"model {file} lacks the {part} ({prefix}…): it is no whole checkpoint")
-    hub_id = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    try:
-        small = ["*.json", "*/merges.txt"]
-        return Base(Path(snapshot_download(hub_id, allow_patterns=small)), file=file)
-    except Exception as error:  # noqa: BLE001 - the hub, the network and the disk may fail
-        once = f"hf download {hub_id} --include '*.json' '*/merges.txt'"
-        raise Trouble(
-            f"model {file} needs the tokenizer and configurations of {hub_id}, which could not be "
-            f"had from the hub ({type(error).__name__}): run this once with network: {once}"
-        ) from None
+    (hub_id,) = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind].values()
+    needs = f"model {file} needs the tokenizer and configurations of {hub_id}, which"
+    once = f"run this once with network: hf download {hub_id} --include '*.json' '*/merges.txt'"
+    return Base(download(hub_id, ["*.json", "*/merges.txt"], needs, once), file=file)
 
 
 def find_model(model_id: str, variant: str | None) -> Base:
-    """The parts of a hub id, downloaded first, of a local folder or of one file.
-
-    The one place that may use the network. Raises Trouble for what is not there or not complete.
-    """
-    suffix, folder = f".{variant}" if variant else "", Path(model_id)
-    if folder.is_file():
+    """The parts of a hub id, downloaded first, of a local folder or of one file. Raises Trouble for
+    what is not there, not complete or not trained here."""
+    suffix, base = f".{variant}" if variant else "", Base(Path(model_id), variant)
+    if base.folder.is_file():
         if variant:
-            raise Trouble("--variant is for hub ids and folders; a file has but one", 2)
-        base = find_file(folder)
-        check_family(model_id, base.folder)
-        return base
-    if not folder.is_dir():
+            raise Refused("--variant is for hub ids and folders; a file has but one")
+        base = find_file(base.folder)
+    elif not base.folder.is_dir():
         names = {name.format(suffix) for part in PART_FILES.values() for name in part}
         wanted = ["*.json", "*/merges.txt", *(f"*/{name.replace('00001', '*')}" for name in names)]
-        try:
-            # The small files first: what is no Stable Diffusion 1 or 2 is not worth a download.
-            check_family(model_id, Path(snapshot_download(model_id, allow_patterns="*.json")))
-            folder = Path(snapshot_download(model_id, allow_patterns=wanted))
-        except Trouble:
-            raise
-        except Exception as error:  # noqa: BLE001 - the hub, the network and the disk may fail
-            raise Trouble(
-                f"model {model_id} is no folder here and could not be had from the hub "
-                f"({type(error).__name__}): check the name and the network, set HF_TOKEN if it "
-                "wants a login, or give --model-id a folder in diffusers layout"
-            ) from None
-    check_family(model_id, folder)
+        what = f"model {model_id} is no folder here and"
+        otherwise = "check the name and the network, set HF_TOKEN if it wants a login, or give "
+        otherwise += "--model-id a folder in diffusers layout"
+        # The small files first: what is no Stable Diffusion 1 or 2 is not worth a download.
+        check_family(model_id, download(model_id, ["*.json"], what, otherwise))
+        base = Base(download(model_id, wanted, what, otherwise), variant)
+    check_family(model_id, base.folder)
     for part, names in PART_FILES.items():
-        if not any(any((folder / part).glob(name.format(suffix))) for name in names):
-            pickled = [*(folder / part).glob("*.bin"), *(folder / part).glob("*.ckpt")]
+        found = [any((base.folder / part).glob(name.format(suffix))) for name in names]
+        if not any(found) and not (base.file and part in PREFIXES):
+            pickled = [*(base.folder / part).glob("*.bin"), *(base.folder / part).glob("*.ckpt")]
             why = " (pickled weights are never read: they can run code)" if pickled else ""
             where = "from its page on the hub or by saving it with save_pretrained"
             missing = f"{part}/{names[0].format(suffix)}{why}"
             raise Trouble(f"model {model_id} lacks {missing}; get it with safetensors, {where}")
-    return Base(folder, variant)
+    return base
 
 
 def fingerprint(base: Base) -> str:
     """Tells base models apart at no cost: of each file its name and size, and of its bytes sixteen
     samples of 4 KiB (a configuration, or a small file's header, is whole among them)."""
-    digest = hashlib.sha256()
-    weights = [base.file] if base.file else [*base.folder.glob("*/*.safetensors")]
-    for path in sorted([*base.folder.glob("*/*.json"), *weights]):
+    digest, found = hashlib.sha256(), [base.file] if base.file else []
+    for part, names in PART_FILES.items():
+        for name in [*names, "config.json"]:  # and no other variant's, which may come and go
+            name = name.format(f".{base.variant}" if base.variant else "")
+            found += sorted((base.folder / part).glob(name))
+    for path in found:
         size = path.stat().st_size
         name = "" if path == base.file else path.relative_to(base.folder)
         digest.update(f"{name} {size}".encode())
@@ -812,32 +748,27 @@ def is_out_of_memory(error: BaseException) -> bool:
 def load_part(cls, base: Base, part: str, dtype: torch.dtype | None = None, **options):
     """One of the model's parts; a network is frozen and in `dtype`. Raises Trouble where the files
     do not make a whole one."""
-    is_network, missing = issubclass(cls, torch.nn.Module), []
     try:
-        if not is_network:
+        if dtype is None:
             return cls.from_pretrained(base.folder / part)
-        if base.file is None:
+        if base.file:
+            with safe_open(base.file, "pt") as file:
+                keys = [key for key in file.keys() if key.startswith(PREFIXES[part])]  # noqa: SIM118
+                weights = {key: file.get_tensor(key) for key in keys}
+            load_clip = partial(single_file_utils.create_diffusers_clip_model_from_ldm, cls)
+            load = load_clip if cls is CLIPTextModel else cls.from_single_file
+            options = {"subfolder": part, "torch_dtype": dtype, "local_files_only": True}
+            model = load(weights, config=str(base.folder), **options)
+            missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+        else:
             options |= {"use_safetensors": True, "output_loading_info": True}
             options |= {"dtype": dtype, "variant": base.variant}
             model, info = cls.from_pretrained(base.folder / part, **options)
             missing = sorted(info["missing_keys"])
-        else:
-            with safe_open(base.file, "pt") as file:
-                keys = [key for key in file.keys() if key.startswith(PREFIXES[part])]  # noqa: SIM118
-                weights = {key: file.get_tensor(key) for key in keys}
-            how = {"config": str(base.folder), "subfolder": part, "torch_dtype": dtype}
-            is_clip = cls is CLIPTextModel
-            load = (
-                partial(create_diffusers_clip_model_from_ldm, cls)
-                if is_clip
-                else cls.from_single_file
-            )
-            model = load(weights, **how, local_files_only=True)
-            missing = [name for name, weight in model.named_parameters() if weight.is_meta]
     except Exception as error:  # what libraries raise for damaged files is anything
         if is_out_of_memory(error):
             raise
-        raise Trouble(f"the model's {part} cannot be loaded: {first_line(error)}") from None
+        raise Trouble(f"the model's {part} cannot be loaded: {reason_of(error)}") from None
     if missing:
         raise Trouble(f"the model's {part} lacks {len(missing)} weights, {missing[0]} among them")
     return model.eval().requires_grad_(False)
@@ -966,9 +897,8 @@ def slim_frozen_layers(unet: torch.nn.Module, fp8: bool) -> None:
         layer.is_fp8 = fp8
         if fp8:
             weight = layer.weight.detach()
-            largest = weight.float().flatten(1).abs().amax(1).clamp(min=1e-6)
+            largest = weight.float().abs().amax([*range(1, weight.ndim)], True).clamp(min=1e-6)
             scale = largest / torch.finfo(torch.float8_e4m3fn).max
-            scale = scale.view(-1, *[1] * (weight.ndim - 1))
             layer.weight8 = torch.nn.Buffer((weight.float() / scale).to(torch.float8_e4m3fn))
             layer.scale = torch.nn.Buffer(scale)
             # PEFT and diffusers ask a layer's weight for its device and dtype.
@@ -1035,8 +965,8 @@ def draw(
     that neither batch size nor accumulation changes a draw.
 
     `moments` are `encode_pictures`'; `caption_embeds` holds each picture's, (77, width), and last
-    the empty prompt's. Returns
-    latents and noise, (4, h, w) float32; timesteps, () int64; prompt_embeds, (77, width) float32.
+    the empty prompt's. Returns latents and noise, (4, h, w) float32; timesteps, () int64;
+    prompt_embeds, (77, width) float32.
     """
     epoch, place = divmod(position, len(moments))
     picture = epoch_order(config.seed, epoch, len(moments))[place]
@@ -1050,8 +980,7 @@ def draw(
         "prompt_embeds": caption_embeds[picture],
     }
     if config.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
-        offset = torch.randn(len(mean), 1, 1, generator=generator)
-        sample["noise"] += config.noise_offset * offset
+        sample["noise"] += config.noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
     # For classifier-free guidance (arXiv 2207.12598): what the empty prompt has learned as well,
     # guidance does not multiply.
     if config.caption_dropout and torch.rand((), generator=generator) < config.caption_dropout:
@@ -1153,23 +1082,22 @@ def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: st
     write_whole(folder / "adapter_model.safetensors", packed)
     words = re.sub(r"[^a-z0-9]+", "_", config.train_prompt.lower()).strip("_")[-40:].strip("_")
     name = f"{words or 'seal'}_{hashlib.sha256(packed).hexdigest()[:6]}"
-
     if config.use_dora:
         return name  # diffusers leaves its magnitudes out, and the UIs do not agree on their norm
+
     state_dict = kohya_state_dict(unet)
     alpha = next(tensor.item() for key, tensor in state_dict.items() if key.endswith(".alpha"))
-    is_sd2 = unet.config.cross_attention_dim == 1024
-    sd2 = "stable-diffusion-v2-" + ("768-v" if prediction_type == "v_prediction" else "512")
-    family = sd2 if is_sd2 else "stable-diffusion-v1"
+    is_v, is_sd2 = prediction_type == "v_prediction", unet.config.cross_attention_dim == 1024
+    family = ("v2-768-v" if is_v else "v2-512") if is_sd2 else "v1"
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{family}/lora",
+        "modelspec.architecture": f"stable-diffusion-{family}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "modelspec.trigger_phrase": config.train_prompt,
         "modelspec.usage_hint": "put the trigger phrase into the prompt; strength 1",
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
+        "modelspec.prediction_type": "v" if is_v else prediction_type,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(alpha),
@@ -1177,16 +1105,15 @@ def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: st
         "ss_v2": str(is_sd2),
         "ss_output_name": name,
     }
-    packed = pack_safetensors(state_dict, metadata)
-    write_whole(folder / "pytorch_lora_weights.safetensors", packed)
+    write_whole(folder / "pytorch_lora_weights.safetensors", pack_safetensors(state_dict, metadata))
     return name
 
 
 @torch.no_grad()
-def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> UNet2DConditionModel:
+def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> PeftModel:
     """Load both files back onto the bare UNet: each must do to its output what the trained adapter
     does. `prompt_embeds` is (77, width). Raises Trouble otherwise. Returns the UNet with the seal
-    as diffusers loads it (of a DoRA, as PEFT does)."""
+    as PEFT loads it."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, unet.config.in_channels, 8, 8, generator=generator)
     noise, prompt_embeds = noise.to(unet.device), prompt_embeds[None].to(unet.device)
@@ -1202,105 +1129,86 @@ def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> UN
             "training left the UNet's output as it was: too low a --learning-rate, --lora-alpha, "
             "--snr-gamma or --max-grad-norm, or a --lr-warmup-steps longer than the run"
         )
-    found = {}
-    with_peft = PeftModel.from_pretrained(unet.unload(), folder)
-    found["adapter_model.safetensors"] = output(with_peft)
-    if (folder / "pytorch_lora_weights.safetensors").exists():
-        unet, pipeline = with_peft.unload(), StableDiffusionPipeline
+    unet, found = unet.unload(), {}
+    if (folder / "pytorch_lora_weights.safetensors").exists():  # a DoRA has none
+        pipeline = diffusers.StableDiffusionPipeline
         pipeline.load_lora_into_unet(*pipeline.lora_state_dict(folder), unet)
         found["pytorch_lora_weights.safetensors"] = output(unet)
-    else:
-        unet = with_peft.get_base_model()
+        unet.unload_lora()
+    unet = PeftModel.from_pretrained(unet, folder)
+    found["adapter_model.safetensors"] = output(unet)
     for name, loaded in found.items():
-        if (loaded - base - effect).norm() > 0.05 * effect.norm():
+        if not (loaded - base - effect).norm() <= 0.05 * effect.norm():  # NaN neither
             raise Trouble(f"{name}, loaded back, does not do what was trained")
     return unet
 
 
 # ==== Something to look at: previews, the loss curve, the model card =========================
 
-PREVIEW_STEPS = 20  # enough for DPM-Solver++ (arXiv 2211.01095)
-
 
 @torch.no_grad()
-def sample_latents(unet, noise_scheduler, embeds: torch.Tensor, noises: list, autocast):
-    """Denoised latents without and with the adapter, (2, n, 4, h, w) float32 on the CPU.
-
-    `embeds`, (2, 77, width), are the prompt's and the empty one's; `noises`, n of
-    (1, 4, h, w), are the same for both rows. One picture at a time, which takes less memory than training.
-    """
-    absent = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
-    parts = dict.fromkeys(absent) | {"requires_safety_checker": False}
-    parts["unet"] = unet.get_base_model() if isinstance(unet, PeftModel) else unet
-    parts["scheduler"] = DPMSolverMultistepScheduler.from_config(noise_scheduler.config)
-    pipe = StableDiffusionPipeline(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    prompt, empty = embeds.to(unet.device).unsqueeze(1)
-    options = {"prompt_embeds": prompt, "negative_prompt_embeds": empty, "output_type": "latent"}
-    options |= {"num_inference_steps": PREVIEW_STEPS, "guidance_scale": 7.5}
-    layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
-    latents, training = [], unet.training
-    bar = tqdm(total=2 * len(noises), desc="drawing previews", disable=None)
-    try:
-        unet.eval()
-        for with_seal in (False, True):
-            for layer in layers:
-                layer.enable_adapters(with_seal)
-            for noise in noises:
-                with autocast:
-                    latents.append(pipe(latents=noise, **options).images.float().cpu())
-                bar.update()
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        unet.train(training)
-        bar.close()
-    return torch.cat(latents).unflatten(0, (2, -1))
-
-
-@torch.no_grad()
-def write_previews(file: Path, prompt: str, sample, load_decoder) -> None:
+def write_previews(
+    file: Path, prompt: str, unet: PeftModel, vae_from: tuple, embeds, noises, scheduler, autocast
+) -> None:
     """A grid of pictures without and with the adapter. Trouble is a warning, not a failed run.
 
-    `sample()` gives `sample_latents`' latents; `load_decoder()`, after it, the VAE.
+    `embeds`, (2, 77, width), are the prompt's and the empty one's; each of `noises`, (1, 4, h, w),
+    is the same for both rows. `vae_from` is what `load_vae` takes. One picture is drawn at a time,
+    which takes less memory than training.
     """
+    absent = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
+    parts = dict.fromkeys(absent) | {"unet": unet.get_base_model()}
+    # 20 steps are enough for DPM-Solver++ (arXiv 2211.01095).
+    parts["scheduler"] = diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
+    prompt_embeds, empty = embeds.to(unet.device).unsqueeze(1)
+    options = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": empty}
+    options |= {"num_inference_steps": 20, "guidance_scale": 7.5, "output_type": "latent"}
+    latents, was_training = [], unet.training
+    bar = tqdm(total=2 * len(noises), desc="drawing previews", disable=None)
     try:
-        latents, vae = sample(), load_decoder()
-        latents = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
-        rows = [[vae.decode(x[None]).sample.float().cpu() for x in row] for row in latents]
-        to_images = VaeImageProcessor().postprocess
-        write_png(file, draw_grid([[to_images(x)[0] for x in row] for row in rows], prompt))
+        pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        unet.eval()
+        for adapter in (unet.disable_adapter(), nullcontext()):
+            with adapter, autocast:
+                for noise in noises:
+                    latents.append(pipe(latents=noise, **options).images.float().cpu())
+                    bar.update()
+        base, device, dtype = vae_from
+        if device.type == "cuda":
+            unet.to("cpu")  # to make room
+        vae = load_vae(base, device, dtype)
+        latents = [(x / vae.config.scaling_factor).to(device, dtype) for x in latents]
+        pictures = torch.cat([vae.decode(x).sample.float().cpu() for x in latents])
+        draw_grid(pictures, prompt).save(packed := BytesIO(), "PNG")
+        write_whole(file, packed.getvalue())
     except Exception as error:  # noqa: BLE001 - no picture is worth a run
-        say(f"no {file.name}: {first_line(error)}")
+        say(f"no {file.name}: {reason_of(error)}")
+    finally:
+        unet.train(was_training)
+        bar.close()
 
 
-def write_png(file: Path, image: Image.Image) -> None:
-    image.save(data := BytesIO(), "PNG")
-    write_whole(file, data.getvalue())
-
-
-def draw_grid(rows: list[list[Image.Image]], prompt: str) -> Image.Image:
+def draw_grid(pictures: torch.Tensor, prompt: str) -> Image.Image:
     """The base model's pictures above, the seal's below, a seed in each column, and the prompt over
-    all. Cells are at least 160 pixels wide: small pictures are enlarged by a whole factor."""
-    zoom = -(-160 // rows[0][0].width)
-    side, font, gap = rows[0][0].width * zoom, ImageFont.load_default(14), 4
-    left, columns = 112, len(rows[0])
-    width = left + columns * (side + gap)
-    lines = textwrap.wrap(prompt, max(24, (width - 16) // 8)) or ["(no prompt)"]
-    top = 18 * len(lines) + 30
-    grid = Image.new("RGB", (max(width, 220), top + 2 * (side + gap)), "white")
-    pen = ImageDraw.Draw(grid)
+    all. `pictures` are (2 × columns, 3, H, W) in [-1, 1]; small ones are enlarged by a whole factor
+    to 160 pixels or more."""
+    columns, side, left = len(pictures) // 2, pictures.shape[-1], 112
+    pixels = (pictures * 127.5 + 127.5).round().clamp(0, 255).byte()
+    cells = F.interpolate(pixels, scale_factor=-(-160 // side), mode="nearest")
+    cells = transforms.functional.to_pil_image(make_grid(cells, columns, 4, pad_value=255))
+    lines = textwrap.wrap(prompt, (left + cells.width - 16) // 8) or ["(no prompt)"]
+    top, across, down = 18 * len(lines) + 26, cells.width / columns, cells.height / 2
+    image = Image.new("RGB", (left + cells.width, top + cells.height), "white")
+    image.paste(cells, (left, top))
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     for i, line in enumerate(lines):
         pen.text((8, 14 + 18 * i), line, "black", font, "lm")
-    for y, (label, row) in enumerate(zip(("base model", "with the seal"), rows, strict=True)):
-        middle = top + y * (side + gap) + side / 2
-        pen.text((left - 8, middle), label, "black", font, anchor="rm")
-        for x, image in enumerate(row):
-            at = left + x * (side + gap)
-            pen.text((at + side / 2, top - 12), f"seed {x}", "black", font, "mm")
-            enlarged = image.resize((side, side), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (at, top + y * (side + gap)))
-    return grid
+    for i, label in enumerate(("base model", "with the seal")):
+        pen.text((left - 4, top + (i + 0.5) * down), label, "black", font, "rm")
+    for seed in range(columns):
+        pen.text((left + (seed + 0.5) * across, top - 8), f"seed {seed}", "black", font, "mm")
+    return image
 
 
 def draw_loss(rows: list[list]) -> Image.Image:
@@ -1308,7 +1216,7 @@ def draw_loss(rows: list[list]) -> Image.Image:
     steps, losses = [row[0] for row in rows], pandas.Series([row[2] for row in rows])
     smooth = losses.ewm(alpha=max(0.02, 1 / (1 + len(rows) / 20))).mean()
     # The axis holds nearly all dots; a rare high one is drawn at the top edge.
-    high = float(f"{max(np.quantile(losses, 0.98), smooth.max()) * 1.15:.1g}") or 1.0
+    high = float(f"{max(np.quantile(losses, 0.98), smooth.max()) * 1.15:.2g}") or 1.0
     image, font = Image.new("RGB", (800, 420), "white"), ImageFont.load_default(14)
     pen, (left, top, right, bottom) = ImageDraw.Draw(image), (70, 34, 780, 366)
     xs = np.interp(steps, (steps[0], max(steps[-1], steps[0] + 1)), (left, right))
@@ -1325,11 +1233,6 @@ def draw_loss(rows: list[list]) -> Image.Image:
     pen.text((left, 16), title, "black", font, "lm")
     pen.text(((left + right) / 2, 404), "update", "black", font, "mm")
     return image
-
-
-def strength(config: Config) -> str:
-    root, divisor = ("√", config.rank**0.5) if config.use_rslora else ("", config.rank)
-    return f"{config.lora_alpha:g}/{root}{config.rank} = {config.lora_alpha / divisor:g}"
 
 
 CARD = """---
@@ -1349,8 +1252,6 @@ into your prompt:
 
 {pictures}
 ## Use it
-{dora}
-diffusers:
 
 {fence}python
 import torch
@@ -1358,21 +1259,11 @@ from diffusers import StableDiffusionPipeline
 
 base = {base!r}
 pipe = StableDiffusionPipeline.from_pretrained(base, {options}){to}
-pipe.load_lora_weights("path/to/this/folder")
+{load}
 image = pipe({trigger!r}).images[0]
 {fence}
 
-PEFT:
-
-{fence}python
-import torch
-from diffusers import UNet2DConditionModel
-from peft import PeftModel
-
-base = {base!r}
-unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", {options}){to}
-unet = PeftModel.from_pretrained(unet, "path/to/this/folder")
-{fence}
+{also}
 
 ComfyUI: copy `pytorch_lora_weights.safetensors` to `models/loras` and add a *Load LoRA* node at
 strength 1. AUTOMATIC1111 and Forge: copy it to `models/Lora` as `{name}.safetensors` and write
@@ -1401,47 +1292,54 @@ LICENSES = {
 }
 
 
-def write_card(config: Config, name: str, on_gpu: bool, facts: dict, pictures: dict) -> str:
+def write_card(file: Path, name: str, config: Config, on_gpu: bool, facts: dict[str, str]) -> None:
     """The seal's README.md, by the hub's conventions. No folder of the user's is named in it.
 
-    `facts` tell how it was trained; `pictures` are the names of those beside it, by their titles.
+    `facts` tell how it was trained. The pictures that lie beside it are shown.
     """
     is_local, trigger = Path(config.model_id).exists(), config.train_prompt
-    preview_prompt = config.preview_prompt or trigger
+    titles = {"preview.png": "Without and with the seal", "loss.png": "Loss"}
+    pictures = [picture for picture in titles if (file.parent / picture).exists()]
+    preview_prompt = trigger if config.preview_prompt is None else config.preview_prompt
+    widget = {"text": preview_prompt, "output": {"url": "preview.png"}}
     licenses = [known for of, known in LICENSES.items() if config.model_id.startswith(of)]
+    tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training"
     front_matter = ModelCardData(
         base_model=None if is_local else config.model_id,
         license=licenses[0] if licenses and not is_local else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         inference=True,
-        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers"]
-        + ["diffusers-training", "lora"],
+        tags=[*tags.split(), "lora"],
         instance_prompt=trigger,
-        widget=[{"text": preview_prompt, "output": {"url": "preview.png"}}]
-        if "preview.png" in pictures.values()
-        else None,
+        widget=[widget] if "preview.png" in pictures else None,
     )
     private = {"dataset_dir", "output_dir", "resume"} | ({"model_id"} if is_local else set())
     told = {key_of(o): getattr(config, o.name) for o in fields(config) if o.name not in private}
     settings = json.dumps(told, indent=2, ensure_ascii=False)
     longest = max(map(len, re.findall("`+", trigger + settings)), default=0)
+    load = 'pipe.load_lora_weights("path/to/this/folder")'
+    with_peft = 'PeftModel.from_pretrained(pipe.unet, "path/to/this/folder")'
+    also = f"With PEFT's `PeftModel`, its last line but one is `{with_peft}`."
+    if config.use_dora:
+        load, also = f"from peft import PeftModel\n\n{with_peft}", "No program below loads a DoRA."
+    # Said, since a base model's files may mix float16 and float32.
+    options = f"torch_dtype=torch.{'float16' if on_gpu else 'float32'}"
     card = CARD.format(
         front_matter=front_matter.to_yaml(),
         name=name,
         trigger=trigger,
         fence="`" * max(3, longest + 1),  # a prompt with backticks must not end a block
         base="path/to/the/base/model" if is_local else config.model_id,
-        # Said, since a base model's files may mix float16 and float32.
-        options=f"torch_dtype=torch.{'float16' if on_gpu else 'float32'}"
-        + (f", variant={config.variant!r}" if config.variant else ""),
+        options=options + (f", variant={config.variant!r}" if config.variant else ""),
         to='.to("cuda")' if on_gpu else "",
-        pictures="".join(f"![{title}]({file})\n\n" for title, file in pictures.items()),
-        dora="\nThis is a DoRA: of the ways below only PEFT's works.\n" if config.use_dora else "",
+        pictures="".join(f"![{titles[picture]}]({picture})\n\n" for picture in pictures),
+        load=load,
+        also=also,
         facts="\n".join(f"| {what} | {fact} |" for what, fact in facts.items()),
         settings=settings,
     )
-    return str(ModelCard(card))
+    file.write_text(card, "utf-8")
 
 
 # ==== The record of a run, and the checkpoint it goes on from as if it had never stopped =====
@@ -1465,24 +1363,13 @@ def peak_memory(device: torch.device) -> float:
     """In MiB: of the GPU's memory, or of the process's on the CPU (0 where it does not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 if resource else 0.0
-
-
-def identify(config: Config, digests: dict[str, str], **resolved) -> dict[str, str]:
-    """What a run that continues another must share with it, under the names to report it by.
-    `resolved` holds options as this run reads them, where that is more than what was given."""
-    kept = [option for option in fields(config) if option.name not in FREE_TO_CHANGE]
-    values = {option.name: getattr(config, option.name) for option in kept} | resolved
-    identity = {flag_of(option): shown(values[option.name]) for option in kept}
-    identity["the base model's files"] = identity.pop("--model-id")
-    return identity | {f"picture {name!r}": digest for name, digest in digests.items()}
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
 
 
 def read_checkpoint(file: Path, identity: dict[str, str], total_steps: int) -> dict | None:
-    """The state that `save_checkpoint` wrote; None where there is no such file.
-
-    Raises Trouble (exit code 2) with a list of what differs from the run that wrote it.
-    """
+    """The state that `main` saved; None where there is no such file. Raises Trouble for a damaged
+    one, Refused with a list of what differs from the run that wrote it."""
     if not file.exists():
         say(f"no checkpoint in {file.parent.parent}: starting afresh")
         return None
@@ -1490,32 +1377,50 @@ def read_checkpoint(file: Path, identity: dict[str, str], total_steps: int) -> d
         saved = torch.load(file, map_location="cpu", weights_only=True)
         old, steps = saved["identity"], len(saved["rows"])
     except Exception as error:  # noqa: BLE001 - torch raises several kinds for a damaged file
-        reason = first_line(error)
-        raise Trouble(f"{file} is damaged ({reason}); delete it to start afresh") from None
+        damaged = f"{file} is damaged ({reason_of(error)})"
+        raise Trouble(f"{damaged}; delete it to start afresh") from None
     differing = ""
     for name in {**old, **identity}:
-        before, now = old.get(name), identity.get(name)
+        before, now = old.get(name, "none"), identity.get(name, "none")
         if before != now:
-            differing += f"\n  {name}"
-            differing += f": {before}, now {now}" if name.startswith("--") else ""
+            change = f": {before[:60]}, now {now[:60]}" if name.startswith("--") else ""
+            differing += f"\n  {name}{change}"
     if differing:
         needed = "--resume needs the interrupted run's options and pictures; these differ:"
-        raise Trouble(needed + differing, 2)
+        raise Refused(needed + differing)
     if steps > total_steps:
         where = f"the checkpoint is at update {steps}, this run ends at {total_steps}"
-        raise Trouble(f"--resume: {where}", 2)
+        raise Refused(f"--resume: {where}")
     return saved
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what runs write into `checkpoint/`, and the folder if nothing else is in it."""
-    seal = [f"seal/{name}" for name in SEAL_FILES]
-    for pattern in ["checkpoint.pt", "loss.csv", PREVIEWS, *seal, "**/.*.partial"]:
-        for path in folder.glob(pattern):
-            path.unlink()
-    for inner in (folder / "previews", folder / "seal", folder):
-        with suppress(OSError):  # not empty, or not there
-            inner.rmdir()
+def publish(unfinished: Path, output_dir: Path) -> None:
+    """Let what a run has made take the place of all that an earlier one left. (What it made stays
+    until the result is written: --resume can do this again.)"""
+    made, older = (
+        {path.relative_to(folder) for pattern in OUTPUTS for path in folder.glob(pattern)}
+        for folder in (unfinished, output_dir)
+    )
+    for name in made:  # all of it is on the disk before any of it shows
+        write_whole(unfinished / "ready" / name, (unfinished / name).read_bytes())
+    for name in made:
+        (output_dir / name).parent.mkdir(exist_ok=True)
+        os.replace(unfinished / "ready" / name, output_dir / name)
+    for name in older - made:  # it must not be taken for this run's
+        (output_dir / name).unlink()
+    with suppress(OSError):  # not empty, or not there
+        (output_dir / "previews").rmdir()
+
+
+def remove_unfinished(unfinished: Path) -> None:
+    """Remove what runs make in `checkpoint/`, and the folder if nothing else is in it."""
+    for folder in (unfinished / "ready", unfinished):
+        for pattern in [*OUTPUTS, "checkpoint.pt", "**/.*.partial"]:
+            for path in folder.glob(pattern):
+                path.unlink()
+        for inner in (folder / "previews", folder):
+            with suppress(OSError):  # not empty, or not there
+                inner.rmdir()
 
 
 # ==== The run ================================================================================
@@ -1536,17 +1441,18 @@ def answering(main):
         except Trouble as trouble:
             say(trouble)
             resumable, exit_code = False, trouble.exit_code
-        except OSError as error:
-            say(f"{error.filename or config.output_dir}: {error.strerror or first_line(error)}")
         except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
             if is_out_of_memory(error):
                 flags = "--gradient-checkpointing, --fp8-base, --micro-batch-size 1"
                 say(f"out of memory; what lowers it: {flags}, a smaller --resolution or --rank")
+            elif isinstance(error, OSError):
+                say(f"{error.filename or config.output_dir}: {reason_of(error)}")
             else:
-                say(f"failed with {type(error).__name__}: {first_line(error)}")
+                say(f"failed with {type(error).__name__}: {reason_of(error)}")
         finally:
             Stop.deferred = False
-            Lock.release()
+            while LOCKS:
+                os.close(LOCKS.pop())
         if resumable and (Path(config.output_dir) / CHECKPOINT).exists():
             say("the same command with --resume goes on from the checkpoint")
         return exit_code
@@ -1558,13 +1464,14 @@ def answering(main):
 def main(config: Config) -> None:
     """The run, from a folder of pictures to the seal. Raises Trouble, or SystemExit on a signal."""
     output_dir = Path(config.output_dir)
+    checkpoint_file = output_dir / CHECKPOINT
+    unfinished = checkpoint_file.parent
+    lock(output_dir)  # `begin` judged the command so; here for whoever calls main
+    check_folders(config)
     for library in (datasets, diffusers.utils, transformers.utils):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-
-    Lock.take(output_dir)
-    check_folders(config)
+    warnings.simplefilter("ignore")  # libraries', for those who write programs with them
 
     # --- Device and precision -------------------------------------------------------------------
     # Same command, same bytes: some of CUDA's kernels must be told. (Without effect on the CPU.)
@@ -1572,40 +1479,41 @@ def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     torch.use_deterministic_algorithms(on_gpu, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    threads = f"CPU, {torch.get_num_threads()} threads"
-    hardware = torch.cuda.get_device_name() if on_gpu else threads
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
+    hardware = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     if not on_gpu:
         say("no CUDA GPU found: training on the CPU")
     precision = config.mixed_precision or ("fp16" if on_gpu else "no")
     # Of the frozen weights, and of autocast; what is trained stays float32.
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
+    dtype_name = str(dtype).removeprefix("torch.")
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
     # --- Pictures, and the plan of an epoch -----------------------------------------------------
     dataset, captions, digests = load_pictures(config)
     plan = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
-    total_steps = config.num_train_epochs * len(plan)
-    total_steps = min(total_steps, config.max_train_steps or total_steps)
+    total_steps = min(config.num_train_epochs * len(plan), config.max_train_steps or math.inf)
+
+    # --- The base model's files: from the hub the first time (4 GB for Stable Diffusion 1.4) ----
+    base = find_model(config.model_id, config.variant)
 
     # --- What a resumed run must share with the one before it -----------------------------------
     piece_size = config.micro_batch_size or config.train_batch_size
-    base = find_model(config.model_id, config.variant)
-    options = {"mixed_precision": precision, "micro_batch_size": piece_size}
-    options["model_id"] = fingerprint(base)  # the same, by whatever name it is called
-    identity = identify(config, digests, **options)
-    saved = None
-    if config.resume:
-        saved = read_checkpoint(output_dir / CHECKPOINT, identity, total_steps)
+    values = asdict(config) | {"mixed_precision": precision, "micro_batch_size": piece_size}
+    compared = [option for option in fields(config) if option.name not in FREE_TO_CHANGE]
+    identity = {flag_of(option): json.dumps(values[option.name]) for option in compared}
+    identity["the base model's files"] = fingerprint(base)  # the same, by whatever name
+    identity |= {f"picture {name!r}": digest for name, digest in digests.items()}
+    saved = read_checkpoint(checkpoint_file, identity, total_steps) if config.resume else None
 
-    # --- CLIP: every prompt's embedding, computed once ------------------------------------------
+    # --- CLIP: every prompt's embedding, computed once; then it leaves memory -------------------
     preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
-    prompts = dict(zip(captions, (f"picture {name!r}" for name in digests), strict=True))
+    prompts = {text: f"picture {name!r}" for text, name in zip(captions, digests, strict=True)}
     prompts |= {preview_prompt: "--preview-prompt", "": "", config.train_prompt: "--train-prompt"}
     prompt_embeds = embed_prompts(base, prompts, device)
     caption_embeds = [prompt_embeds[caption] for caption in [*captions, ""]]
 
-    # --- VAE: every picture's posterior and its mirror image's, computed once -------------------
+    # --- VAE: every picture's posterior and its mirror image's, computed once; then it leaves ---
     moments = encode_pictures(base, dataset, device, dtype)
 
     # --- UNet and LoRA --------------------------------------------------------------------------
@@ -1613,108 +1521,114 @@ def main(config: Config) -> None:
     unet = load_unet(base, config, device, dtype)
     lora = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
     weights = sum(weight.numel() for weight in lora.values())
-    say(f"training {weights:,} LoRA weights at strength {strength(config)}, {total_steps} updates")
+    root, divisor = ("√", config.rank**0.5) if config.use_rslora else ("", config.rank)
+    strength = f"{config.lora_alpha:g}/{root}{config.rank} = {config.lora_alpha / divisor:g}"
+    say(f"training {weights:,} LoRA weights at strength {strength}, {total_steps} updates")
+    say(f"of {config.model_id} in {dtype_name} on {hardware}")
     if config.use_dora:
         say("a DoRA's seal is for PEFT alone: no pytorch_lora_weights.safetensors will be written")
-    dtype_name = str(dtype).removeprefix("torch.")
-    say(f"of {config.model_id} in {dtype_name} on {hardware}")
 
-    # --- The state of the loop: what the checkpoint holds, and nothing else ---------------------
+    # --- The state of the loop: all of it in the checkpoint (the rate follows from the step) ----
+    # Fused, AdamW leaves it to the GPU whether the scaler found an overflow.
     optimizer = AdamW(lora.values(), lr=config.learning_rate, fused=True)
+    # Without it, float16 gradients underflow; elsewhere it passes everything through.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    rows = []  # of loss.csv, one an update
     schedule = config.lr_scheduler
     if schedule == "constant" and config.lr_warmup_steps:
         schedule = "constant_with_warmup"  # diffusers' "constant" would pass over it
     lr_scheduler = get_scheduler(schedule, optimizer, None, config.lr_warmup_steps, total_steps)
-    # Without it, float16 gradients underflow; elsewhere it passes everything through.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    rows = []  # of loss.csv, one an update
     if saved:
-        rows = saved["rows"]
-        states = saved["optimizer"]["state"]
+        rows, states = saved["rows"], saved["optimizer"]["state"]
         if saved["lora"].keys() != lora.keys() or (rows and len(states) != len(lora)):
-            where = output_dir / CHECKPOINT
-            raise Trouble(f"{where} is damaged (weights are missing); delete it to start afresh")
-        with torch.no_grad():
-            for name, weight in lora.items():
-                weight.copy_(saved["lora"][name])
+            damaged = f"{checkpoint_file} is damaged (weights are missing)"
+            raise Trouble(f"{damaged}; delete it to start afresh")
+        unet.load_state_dict(saved["lora"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        for _ in rows:  # the schedule is a function of the step alone
+        for _ in rows:
             lr_scheduler.step()
 
-    # --- The loop -------------------------------------------------------------------------------
-    steps = range(len(rows), total_steps)
+    # --- What the loop draws from, and what previews do, the same in each of them ---------------
     num_timesteps = noise_scheduler.config.num_train_timesteps
     sample_from = (moments, caption_embeds, num_timesteps, config)
+    steps = range(len(rows), total_steps)
     draw_step = partial(draw_update, plan, piece_size, sample_from)
+    # One update an item, drawn while the GPU is still at the one before.
     train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=on_gpu)
-    # The same noise for every preview, for the base model's and the seal's.
-    generator = torch.Generator()
-    noises = [
-        torch.randn(1, *moments.shape[-3:], generator=generator.manual_seed(seed))
-        for seed in range(config.preview_images)
-    ]
-    preview_embeds = torch.stack([prompt_embeds[preview_prompt], prompt_embeds[""]])
-    shared = {"noise_scheduler": noise_scheduler, "embeds": preview_embeds, "noises": noises}
-    look_with = partial(sample_latents, **shared, autocast=autocast)
-    unfinished = (output_dir / CHECKPOINT).parent
+    shape, generator, seeds = (
+        (1, *moments.shape[-3:]),
+        torch.Generator(),
+        range(config.preview_images),
+    )
+    noises = [torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds]
+    embeds = torch.stack([prompt_embeds[preview_prompt], prompt_embeds[""]])
+    preview = {"prompt": preview_prompt, "embeds": embeds, "noises": noises}
+    preview |= {"scheduler": noise_scheduler, "autocast": autocast}
+    every = config.preview_every_epochs if noises else 0
+
+    # --- From here on the output folder is written, and a signal waits for the update in hand ---
+    Stop.deferred = True
     output_dir.mkdir(parents=True, exist_ok=True)
-    Lock.take(output_dir)
-    if not saved:
+    lock(output_dir)
+    if not saved:  # what a run left that was killed before its first checkpoint
         remove_unfinished(unfinished)
     write_result(config.output_dir, False, *summarize(rows, plan))
-    bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
-    pending = []  # of each update since the last look: summed loss, rate, gradient norm
+
+    # --- The loop -------------------------------------------------------------------------------
+    pending = []  # of each update since the last look: summed loss, learning rate, gradient norm
     looked, failure = time.monotonic(), None
+    bar = tqdm(total=total_steps, initial=steps.start, desc="training", unit="update", disable=None)
+    in_loop = ExitStack()  # a `with` would indent all of the loop
     # PEFT would widen every LoRA input to float32 and keep it; autocast narrows it again anyway.
-    in_loop = ExitStack()
     in_loop.enter_context(disable_input_dtype_casting(unet, dtype is not torch.float32))
-    Stop.deferred = True
     unet.train()
-    for step, batches in zip(steps, train_dataloader, strict=True):
+    for step, pieces in zip(steps, train_dataloader, strict=True):
+        # One update: forward and backward of each piece of its samples, then AdamW.
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         try:
-            for i, batch in enumerate(batches):
-                batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            for i, piece in enumerate(pieces):
+                piece = {key: value.to(device, non_blocking=True) for key, value in piece.items()}
                 # LoRA's dropout, the one random choice inside the step, is keyed like the others.
                 torch.manual_seed(stream_seed(config.seed, DROPOUT, step * 2**32 + i))
                 with autocast:
-                    losses = compute_loss(unet, noise_scheduler, batch, config.snr_gamma)
-                scaler.scale((losses * batch["weight"]).sum()).backward()
-                loss_sum += losses.detach().sum()
+                    losses = compute_loss(unet, noise_scheduler, piece, config.snr_gamma)
+                scaler.scale((losses * piece["weight"]).sum()).backward()
+                loss_sum += losses.detach().sum()  # told without weights: each picture counts alike
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(lora.values(), config.max_grad_norm)
         except Exception as error:  # noqa: BLE001 - raised again below, once the work is safe
             failure = error
         else:
-            scaler.step(optimizer)
+            scaler.step(optimizer)  # does nothing where float16 overflowed
             scaler.update()
             optimizer.zero_grad()
-            rate = torch.full_like(loss_sum, lr_scheduler.get_last_lr()[0])
-            pending.append(torch.stack([loss_sum, rate, norm.to(loss_sum.dtype)]))
+            pending.append((loss_sum, lr_scheduler.get_last_lr()[0], norm))
             lr_scheduler.step()
 
-        # Look: the CPU waits for the GPU here, at an epoch's end, every few seconds and at a
-        # checkpoint, not at every update.
+        # What is due? The CPU runs ahead of the GPU, and waits for it where it looks at losses: at
+        # an epoch's end, every few seconds and at a checkpoint, not at every update.
         done = len(rows) + len(pending)
         at_epoch_end, epoch = done % len(plan) == 0, done // len(plan)
-        is_last = failure or Stop.signum or step + 1 == total_steps
-        every = config.preview_every_epochs if config.preview_images else 0
-        draws = every and at_epoch_end and epoch % every == 0 and not (failure or Stop.signum)
-        keeps = is_last or draws or done % config.checkpointing_steps == 0
+        stopping = bool(failure or Stop.signum)
+        draws = every and at_epoch_end and epoch % every == 0 and not stopping
+        keeps = stopping or draws or done == total_steps or done % config.checkpointing_steps == 0
         if pending and (keeps or at_epoch_end or time.monotonic() > looked + 5):
-            seconds, looked = time.monotonic() - looked, time.monotonic()
             sizes = [len(plan[i % len(plan)]) for i in range(len(rows), done)]
-            speed = round(sum(sizes) / max(seconds, 1e-9), 3)
-            memory = round(peak_memory(device))
-            for size, (loss, *rest) in zip(sizes, torch.stack(pending).tolist(), strict=True):
+            losses, rates, norms = zip(*pending, strict=True)
+            told = zip(
+                sizes, torch.stack(losses).tolist(), rates, torch.stack(norms).tolist(), strict=True
+            )
+            seconds, looked = time.monotonic() - looked, time.monotonic()
+            speed, memory = sum(sizes) / max(seconds, 1e-9), round(peak_memory(device))
+            for size, loss, rate, norm in told:
                 if not math.isfinite(loss):
                     # At the first update the seal does nothing yet.
                     own = "the base model's weights are damaged, or overflow in this precision"
                     why = "try a lower --learning-rate" if rows else own
                     raise Trouble(f"loss not finite at update {len(rows) + 1}; {why}")
                 at = [len(rows) + 1, len(rows) // len(plan) + 1]
-                rows.append([*at, loss / size, *rest, speed, memory])
+                rows.append([*at, loss / size, rate, norm, float(f"{speed:.4g}"), memory])
             bar.update(len(pending))
             pending.clear()
             if at_epoch_end:
@@ -1722,79 +1636,46 @@ def main(config: Config) -> None:
                 bar.set_postfix_str(told)
                 with bar.external_write_mode(sys.stderr):
                     say(f"epoch {epoch}/{config.num_train_epochs}: {told}")
-
         if keeps:
-            state = {
-                "identity": identity,
-                "rows": rows,
-                "lora": {name: weight.detach() for name, weight in lora.items()},
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-            torch.save(state, packed := BytesIO())
-            write_whole(output_dir / CHECKPOINT, packed.getvalue())
             table = pandas.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
             write_whole(unfinished / "loss.csv", table.encode())
+            state = {"identity": identity, "rows": rows}
+            state["lora"] = {name: weight.detach() for name, weight in lora.items()}
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            torch.save(state, packed := BytesIO())
+            write_whole(checkpoint_file, packed.getvalue())
             write_result(config.output_dir, False, *summarize(rows, plan))
-        if failure:
-            raise failure
-        if Stop.signum:
-            sys.exit(128 + Stop.signum)
-        if draws:
+            looked = time.monotonic()
+        if stopping:
+            break
+        if draws and not Stop.signum:
             Stop.deferred = False  # a signal need not wait for pictures
             file = unfinished / "previews" / f"epoch-{epoch:04}.png"
             # The UNet has the GPU: the CPU decodes.
-            decoder = partial(load_vae, base, torch.device("cpu"), torch.float32)
-            write_previews(file, preview_prompt, partial(look_with, unet), decoder)
+            vae_from = (base, torch.device("cpu"), torch.float32)
+            write_previews(file, unet=unet, vae_from=vae_from, **preview)
             Stop.deferred, looked = True, time.monotonic()
     bar.close()
     in_loop.close()
     Stop.deferred = False
+    if failure:
+        raise failure
+    if Stop.signum:
+        sys.exit(128 + Stop.signum)
 
-    # --- The seal, judged in a folder of its own first ------------------------------------------
-    # A run that fails leaves an earlier seal untouched.
-    staging = unfinished / "seal"
-    staging.mkdir(parents=True, exist_ok=True)
-    name = save_seal(staging, unet, config, noise_scheduler.config.prediction_type)
+    # --- The seal, and what there is to look at -------------------------------------------------
+    name = save_seal(unfinished, unet, config, noise_scheduler.config.prediction_type)
     with autocast:
-        unet = check_seal(unet, staging, caption_embeds[0])
-    for path in sorted(staging.iterdir()):
-        os.replace(path, output_dir / path.name)
-
-    # --- What there is to look at: what an earlier run left must not be taken for this one's ----
-    for older in LOOKS + ["pytorch_lora_weights.safetensors"] * config.use_dora:
-        (output_dir / older).unlink(missing_ok=True)
-    for path in output_dir.glob(PREVIEWS):
-        path.unlink()
-    for path in unfinished.glob(PREVIEWS):
-        write_whole(output_dir / "previews" / path.name, path.read_bytes())
-    with suppress(OSError):  # only where no pictures were asked for in between
-        (output_dir / "previews").rmdir()
-    seconds = sum(len(plan[i % len(plan)]) / row[5] for i, row in enumerate(rows))
-    pictures = {}
-    if config.preview_images:
-        # Two forward passes a step, each about half of what training spends on a picture.
-        seen = sum(len(plan[i % len(plan)]) for i in range(len(rows)))
-        minutes = 2 * PREVIEW_STEPS * config.preview_images * seconds / seen / 60
-        if minutes > 1:
-            say(f"drawing previews; this takes about {math.ceil(minutes)} minutes")
-
-        def decoder():
-            unet.to("cpu")  # to make room
-            return load_vae(base, device, dtype)
-
-        file = output_dir / "preview.png"
-        write_previews(file, preview_prompt, partial(look_with, unet), decoder)
-        if file.exists():
-            pictures["Without and with the seal"] = "preview.png"
-    table = pandas.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
-    write_whole(output_dir / "loss.csv", table.encode())
-    write_png(output_dir / "loss.png", draw_loss(rows))
-    pictures["Loss"] = "loss.png"
+        unet = check_seal(unet, unfinished, caption_embeds[0])
+    if noises:
+        file = unfinished / "preview.png"
+        write_previews(file, unet=unet, vae_from=(base, device, dtype), **preview)
+    draw_loss(rows).save(unfinished / "loss.png")
     epochs, loss = summarize(rows, plan)
+    seconds = sum(len(plan[i % len(plan)]) / row[5] for i, row in enumerate(rows))
     libraries = (torch, diffusers, transformers, peft, datasets)
     facts = {
-        "strength": strength(config),
+        "strength": strength,
         "loss": "none" if loss is None else f"{loss:.4f} in the last epoch",
         "pictures": len(dataset),
         "updates": f"{len(rows)} in {epochs} epochs",
@@ -1804,15 +1685,15 @@ def main(config: Config) -> None:
         "precision": dtype_name,
         "versions": ", ".join(f"{lib.__name__} {lib.__version__}" for lib in libraries),
     }
-    write_whole(
-        output_dir / "README.md", write_card(config, name, on_gpu, facts, pictures).encode()
-    )
+    write_card(unfinished / "README.md", name, config, on_gpu, facts)
 
     # --- The result -----------------------------------------------------------------------------
+    publish(unfinished, output_dir)
     write_result(config.output_dir, True, epochs, loss)
     remove_unfinished(unfinished)
     say(f"seal written to {config.output_dir}; its README.md tells how to load it", sys.stdout)
-    say(f"such as by pipe.load_lora_weights({config.output_dir!r})", sys.stdout)
+    if not config.use_dora:
+        say(f"such as by pipe.load_lora_weights({config.output_dir!r})", sys.stdout)
 
 
 if __name__ == "__main__":

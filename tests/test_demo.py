@@ -67,7 +67,7 @@ STYLED_PROMPTS = [STYLED.format(thing.shape) for thing in THINGS]
 
 def palette_pictures() -> list[Image.Image]:
     """As the training sees them."""
-    paths = quest.list_files(PALETTE)
+    paths = quest.list_files(PALETTE)[0]
     pixels = transformed(*paths)
     pixels = [((p[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for p in pixels]
     return [Image.fromarray(p) for p in pixels]

@@ -24,7 +24,8 @@ import quest_7_2 as quest
 @pytest.fixture(autouse=True)
 def unlocked():
     yield
-    quest.Lock.release()
+    while quest.LOCKS:
+        os.close(quest.LOCKS.pop())
 
 
 @pytest.fixture
@@ -32,7 +33,8 @@ def refused(capsys):
     """`refused(config)`: the message of a command that is answered with 2 before the imports."""
 
     def begin(wanted) -> str:
-        quest.Lock.release()
+        while quest.LOCKS:
+            os.close(quest.LOCKS.pop())
         with pytest.raises(SystemExit) as stop:
             quest.begin(flags(wanted))
         assert stop.value.code == 2
@@ -161,6 +163,19 @@ def test_a_closed_terminal_is_a_signal(signum, config):
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signum, message
     assert checkpoint_file(wanted).exists() and "Traceback" not in message
+
+
+def test_nohup_means_what_it_says(config):
+    """A signal that was ignored when the command started stays so."""
+    wanted = config(num_train_epochs=3000, checkpointing_steps=1_000_000)
+    process = start(wanted, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(Path(wanted.output_dir) / "result.json", process)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 def test_two_runs_lock_what_they_write(config, tmp_path):

@@ -27,7 +27,7 @@ def cells(file: Path, columns: int, side: int = 64) -> np.ndarray:
     smoothing, by a whole factor that makes them 160 pixels wide or more."""
     zoom = -(-160 // side)
     grid, cell = np.asarray(Image.open(file).convert("RGB")), zoom * side
-    left, top = 112, grid.shape[0] - 2 * (cell + 4)
+    left, top = 116, grid.shape[0] - 2 * (cell + 4)
     grid = grid[top:, left : left + columns * (cell + 4)]
     grid = grid.reshape(2, cell + 4, columns, cell + 4, 3).transpose(0, 2, 1, 3, 4)[
         :, :, :cell, :cell
@@ -189,9 +189,10 @@ def test_the_card(config, model, palette):
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_the_card_names_a_model_of_the_hub(on_gpu, config):
+def test_the_card_names_a_model_of_the_hub(on_gpu, config, tmp_path):
     wanted = config(model_id="CompVis/stable-diffusion-v1-4", variant="fp16")
-    card = ModelCard(quest.write_card(wanted, "a_name", on_gpu, {"strength": "2"}, {}))
+    quest.write_card(tmp_path / "README.md", "a_name", wanted, on_gpu, {"strength": "2"})
+    card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "CompVis/stable-diffusion-v1-4"
     assert card.data.license == "creativeml-openrail-m" and card.data.inference is True
     assert {"lora", "stable-diffusion-diffusers", "diffusers"} <= set(card.data.tags)
@@ -213,30 +214,34 @@ def snippets(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["float32", "float16", "variant"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "variant", "dora"])
 def test_the_snippets_in_the_card_run_as_printed(kind, config, model, tmp_path, monkeypatch):
     """On a base model kept in float16 too, whose parts load in dtypes that do not go together."""
     options, base = {}, tmp_path / "path/to/the/base/model"
     base.parent.mkdir(parents=True)
-    if kind == "float32":
+    if kind in ("float32", "dora"):
         shutil.copytree(model, base)
     else:
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float16)
         options = {"variant": "fp16"} if kind == "variant" else {}
         pipe.save_pretrained(base, **options)
     prompt = "a ```circle``` in `ticks`, 'quotes' and \"quotes\""
-    wanted = config(model_id=str(base), train_prompt=prompt, **options)
+    wanted = config(model_id=str(base), train_prompt=prompt, use_dora=kind == "dora", **options)
     assert quest.main(wanted) == 0
     (tmp_path / "path/to/this").mkdir()
     (tmp_path / "path/to/this/folder").symlink_to(wanted.output_dir)
     text = (Path(wanted.output_dir) / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    found = snippets(text)
-    assert len(found) == 2
-    for snippet in found:
-        names = {}
-        exec(snippet, names)  # noqa: S102 - that is the test
-        assert "image" in names or names["unet"].peft_config["default"].r == 4
+    (snippet,) = snippets(text)
+    names = {}
+    exec(snippet, names)  # noqa: S102 - that is the test
+    layers = [m for m in names["pipe"].unet.modules() if isinstance(m, quest.LoraLayer)]
+    assert layers and all(layer.merged is False for layer in layers) and names["image"]
+    if kind != "dora":
+        (other,) = re.findall(r"`(PeftModel\.from_pretrained.*?)`", text)
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(model)
+        again = eval(other, {"PeftModel": quest.PeftModel, "pipe": pipe})
+        assert again.peft_config["default"].r == 4
 
 
 def test_every_seal_has_a_name_of_its_own(config, tmp_path):
@@ -259,7 +264,10 @@ def test_every_seal_has_a_name_of_its_own(config, tmp_path):
 @pytest.mark.parametrize("side", [64, 256, 512])
 @pytest.mark.parametrize("count", [1, 4])
 def test_previews_can_be_seen(side, count, tmp_path):
-    rows = [[Image.new("RGB", (side, side), c)] * count for c in ("red", "blue")]
+    red, blue = torch.tensor([[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]])[..., None, None].expand(
+        2, 3, side, side
+    )
+    rows = torch.stack([red] * count + [blue] * count)
     image = quest.draw_grid(rows, "a painting of a circle in the style of artist_seal")
     image.save(tmp_path / "grid.png")
     base, seal = cells(tmp_path / "grid.png", count, side)

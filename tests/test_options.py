@@ -279,12 +279,14 @@ def test_rslora_has_its_strength_everywhere(config, model):
 def test_dora_is_for_peft_alone(config, model, capsys):
     """The output is W' = m (W + 2BA) / ‖W + 2BA‖, rows of the weight normed."""
     assert quest.main(config()) == 0  # an earlier seal, whose file must not stay
+    assert "load_lora_weights" in capsys.readouterr().out
     wanted = config(use_dora=True, preview_images=1)
     assert quest.main(wanted) == 0
     seal = Path(wanted.output_dir)
     assert not (seal / "pytorch_lora_weights.safetensors").exists()
-    assert "only PEFT's works" in (seal / "README.md").read_text()
-    assert "DoRA" in capsys.readouterr().err
+    assert "No program below loads a DoRA" in (seal / "README.md").read_text()
+    told = capsys.readouterr()
+    assert "DoRA" in told.err and told.out.splitlines()[-1].startswith("seal written")
     tensors = load_file(seal / "adapter_model.safetensors")
     assert all(t.dtype == torch.float32 for t in tensors.values())
     loaded = PeftModel.from_pretrained(base_unet(model), seal).eval()

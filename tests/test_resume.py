@@ -92,6 +92,43 @@ def test_resumed_is_uninterrupted(options, config, interrupt, monkeypatch):
     assert count["batches"] == batches  # nothing was done twice
 
 
+def test_a_signal_while_losses_are_looked_at_loses_nothing(config, interrupt, monkeypatch):
+    """It comes after what is due has been decided: no exit without a checkpoint."""
+    wanted, looks = config(num_train_epochs=4), []
+
+    def look(device):
+        looks.append(1)
+        if len(looks) == 2:
+            quest.Stop.on_signal(signal.SIGTERM, None)
+        return 0.0
+
+    monkeypatch.setattr(quest, "peak_memory", look)
+    assert quest.main(wanted) == 143
+    saved = torch.load(checkpoint_file(wanted), weights_only=True)
+    assert len(saved["rows"]) == 5  # two epochs of two updates, and the one in hand
+
+
+def test_what_was_published_already_is_published_again(config, monkeypatch):
+    """The disk is full at the very last write: --resume has nothing left to train."""
+    wanted = config(preview_images=1, preview_every_epochs=1)
+    assert quest.main(wanted) == 0
+    names = set(snapshot(Path(wanted.output_dir)))
+    shutil.rmtree(wanted.output_dir)
+    write_result = quest.write_result
+
+    def full(output_dir, success, *rest):
+        if success:
+            raise OSError(28, "No space left on device")
+        write_result(output_dir, success, *rest)
+
+    monkeypatch.setattr(quest, "write_result", full)
+    assert quest.main(wanted) == 1
+    monkeypatch.setattr(quest, "write_result", write_result)
+    assert quest.main(replace(wanted, resume=True)) == 0
+    assert "previews/epoch-0002.png" in names
+    assert set(snapshot(Path(wanted.output_dir))) == names
+
+
 def test_a_lost_update_is_done_again_the_same(config, interrupt, monkeypatch):
     """A crash between two checkpoints: the updates since the last one are repeated exactly."""
     wanted = config(checkpointing_steps=3, num_train_epochs=4)
@@ -315,7 +352,7 @@ def test_a_disk_that_is_full_at_any_write(config, monkeypatch, capsys):
         shutil.rmtree(wanted.output_dir)
         assert quest.main(earlier) == 0
         before = finished(earlier)
-        quest.disown_older_result(wanted.output_dir)  # as the command does at its start
+        quest.write_result(wanted.output_dir, success=False)  # as the command does at its start
         capsys.readouterr()
         writes["left"] = faults + 1
         if quest.main(wanted) == 0:
@@ -324,10 +361,10 @@ def test_a_disk_that_is_full_at_any_write(config, monkeypatch, capsys):
         message = capsys.readouterr().err
         assert f"{wanted.output_dir}/" in message and "No space left on device" in message
         left = {name: (Path(wanted.output_dir) / name).read_bytes() for name in SEAL}
-        # At these the new seal is in place already.
-        after = [f"{wanted.output_dir}/{name}" for name in ("loss.csv", "loss.png", "README.md")]
-        if not any(name in message for name in after) and faults < 1 + 3 * 4 + 2 + 4:
-            assert left == {name: before[name] for name in SEAL}
+        # Only result.json is written after the new seal is in its place.
+        is_late = faults > 2 and "/result.json: " in message
+        seals = [before] + [whole] * is_late
+        assert left in [{name: seal[name] for name in SEAL} for seal in seals]
         assert result_of(wanted)["success"] is False
         assert not [p for p in Path(wanted.output_dir).rglob("*") if "partial" in p.name]
         writes["left"] = -1
@@ -335,7 +372,8 @@ def test_a_disk_that_is_full_at_any_write(config, monkeypatch, capsys):
         assert finished(wanted) == whole
     # The first result.json; with each of four updates the checkpoint, loss.csv and result.json; the
     # two adapter files; loss.csv, curve, card and the last result.json.
-    assert faults == 1 + 3 * 4 + 2 + 4
+    # At the start; at each of four updates; the seal twice; six files to publish; at the end.
+    assert faults == 1 + 4 * 3 + 2 + 6 + 1
 
 
 def test_an_output_folder_removed_in_training(config, monkeypatch):

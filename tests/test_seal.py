@@ -1,6 +1,7 @@
 """The saved files, each loaded as its readers load it, with the same effect on the UNet."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import prepared
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors import safe_open
@@ -109,6 +111,17 @@ def test_a_seal_that_does_not_load_is_no_success(config, capsys, monkeypatch):
         assert "does not do what was trained" in capsys.readouterr().err
         assert {p.name for p in Path(wanted.output_dir).iterdir()} == {"result.json", "checkpoint"}
         shutil.rmtree(wanted.output_dir)
+
+
+def test_a_seal_of_nan_is_no_success(config, tmp_path):
+    """As the last update may leave it, when the loss before it was fine."""
+    wanted = config()
+    cache, unet = prepared(wanted), prepared(wanted).unet()
+    lora = [weight for weight in unet.parameters() if weight.requires_grad]
+    lora[0].data.fill_(math.nan)
+    quest.save_seal(tmp_path, unet, wanted, "epsilon")
+    with pytest.raises(quest.Trouble, match="does not do what was trained"):
+        quest.check_seal(unet, tmp_path, cache.caption_embeds[0])
 
 
 def test_importing_does_not_run():
