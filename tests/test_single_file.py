@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import flags, run
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_resume import SEAL, interrupt  # noqa: F401 - a fixture
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import quest_7_2 as quest
 
@@ -79,6 +81,32 @@ def vae_name(name: str, blocks: int) -> str:
     return ".".join("norm_out" if w == "conv_norm_out" else w for w in words)
 
 
+OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+
+
+def open_clip(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A CLIP text encoder's weights as open_clip, and so Stable Diffusion 2.x, names them: query, key
+    and value in one, and of the projection that is not used the width alone is of interest."""
+    renamed = {"text_projection": torch.zeros(1024, 1024)}
+    for name, weight in text.items():
+        if "self_attn.q_proj" in name:
+            parts = [text[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            kind = name.split(".")[-1]
+            name = name.replace(f"self_attn.q_proj.{kind}", f"attn.in_proj_{kind}")
+            weight = torch.cat(parts)
+        elif "k_proj" in name or "v_proj" in name:
+            continue
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        is_position = name == "embeddings.position_embedding.weight"
+        renamed["positional_embedding" if is_position else name] = weight
+    return renamed
+
+
 def original_layout(model: Path, dtype=None, ema: bool = False) -> dict[str, torch.Tensor]:
     """The weights of a folder in diffusers' layout under the original's names."""
     tensors = {}
@@ -91,9 +119,13 @@ def original_layout(model: Path, dtype=None, ema: bool = False) -> dict[str, tor
         original = vae_name(name, 4)
         is_conv = "attn_1" in original and weight.ndim == 2
         tensors[f"first_stage_model.{original}"] = weight[..., None, None] if is_conv else weight
-    for name, weight in load_file(model / "text_encoder" / "model.safetensors").items():
-        name = name.removeprefix("text_model.")
-        tensors[f"cond_stage_model.transformer.text_model.{name}"] = weight
+    text = load_file(model / "text_encoder" / "model.safetensors")
+    text = {name.removeprefix("text_model."): weight for name, weight in text.items()}
+    if json.loads((model / "text_encoder" / "config.json").read_text())["hidden_size"] == 1024:
+        tensors |= {f"cond_stage_model.model.{k}": w for k, w in open_clip(text).items()}
+    else:
+        prefix = "cond_stage_model.transformer.text_model."
+        tensors |= {f"{prefix}{name}": weight for name, weight in text.items()}
     if ema:
         names = [name for name in tensors if name.startswith("model.diffusion_model.")]
         for name in names:
@@ -102,14 +134,19 @@ def original_layout(model: Path, dtype=None, ema: bool = False) -> dict[str, tor
     return {name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}
 
 
-@pytest.fixture
-def hub_cache(model, tmp_path, monkeypatch) -> Path:
-    """A hub cache with the configurations of `HUB_ID`, made by hand: those of the small model."""
-    folder = tmp_path / "hub" / f"models--{HUB_ID.replace('/', '--')}"
+def keep_in_cache(cache: Path, hub_id: str, model: Path) -> None:
+    """A hub cache made by hand, with the configurations of a model under a name on the hub."""
+    folder = cache / f"models--{hub_id.replace('/', '--')}"
     snapshot = folder / "snapshots" / ("a" * 40)
     shutil.copytree(model, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("a" * 40)
+
+
+@pytest.fixture
+def hub_cache(model, tmp_path, monkeypatch) -> Path:
+    """A hub cache with the configurations of `HUB_ID`: those of the small model."""
+    keep_in_cache(tmp_path / "hub", HUB_ID, model)
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -153,6 +190,25 @@ def test_a_half_precision_file(config, model, hub_cache, tmp_path):
         options = {"mixed_precision": precision}
         of_folder = seal_of(config(model_id=str(half), **options))
         assert seal_of(config(model_id=str(file), **options)) == of_folder
+
+
+def test_a_file_of_stable_diffusion_2(config, model, hub_cache, tmp_path):
+    """Its text encoder is open_clip's, 1,024 wide; its configurations say v-prediction."""
+    base = shutil.copytree(model, tmp_path / "base")
+    options = json.loads((model / "text_encoder" / "config.json").read_text())
+    options |= {"hidden_size": 1024, "projection_dim": 1024, "num_attention_heads": 16}
+    CLIPTextModel(CLIPTextConfig(**options)).save_pretrained(base / "text_encoder")
+    unet = dict(UNet2DConditionModel.load_config(model / "unet"))
+    unet |= {"cross_attention_dim": 1024, "layers_per_block": 2}
+    UNet2DConditionModel.from_config(unet).save_pretrained(base / "unet")
+    scheduler = DDPMScheduler.from_pretrained(model / "scheduler", prediction_type="v_prediction")
+    scheduler.save_pretrained(base / "scheduler")
+    keep_in_cache(hub_cache, "stabilityai/stable-diffusion-2-1", base)
+    save_file(original_layout(base), tmp_path / "model.safetensors")
+    of_file = seal_of(config(model_id=str(tmp_path / "model.safetensors")))
+    assert of_file == seal_of(config(model_id=str(base)))
+    header = of_file["pytorch_lora_weights.safetensors"][:2000]
+    assert b"stable-diffusion-v2-768-v/lora" in header
 
 
 def test_another_file_is_noticed_by_resume(config, model, hub_cache, tmp_path, interrupt, capsys):  # noqa: F811
