@@ -859,19 +859,16 @@ def frozen_forward(layer: torch.nn.Linear | torch.nn.Conv2d, x: torch.Tensor) ->
     input_id, weight_id, dtype = id(x), id(weight), x.dtype
 
     def pack(tensor: torch.Tensor):
-        if id(tensor) == input_id:
-            return ("input", tensor.shape, tensor.device)
+        """The tensor, or how to make it again."""
+        shape, stride = tensor.shape, tensor.stride()
+        if id(tensor) == input_id:  # only its shape will be asked for
+            return partial(torch.empty, shape, dtype=dtype, device=tensor.device)
         if layer.is_fp8 and weight_id in (id(tensor), id(tensor._base)):
-            return ("weight", tensor.shape, tensor.stride())
+            return lambda: widen(layer, dtype).as_strided(shape, stride)
         return tensor
 
     def unpack(kept) -> torch.Tensor:
-        match kept:
-            case "input", shape, on:
-                return torch.empty(shape, dtype=dtype, device=on)  # only its shape is asked for
-            case "weight", shape, stride:
-                return widen(layer, dtype).as_strided(shape, stride)
-        return kept
+        return kept() if callable(kept) else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         if isinstance(layer, torch.nn.Linear):
@@ -1016,13 +1013,9 @@ def compute_loss(
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, encoder_hidden_states=batch["prompt_embeds"]).sample
     prediction_type = noise_scheduler.config.prediction_type
-    match prediction_type:
-        case "epsilon":
-            target = noise
-        case "v_prediction":
-            target = noise_scheduler.get_velocity(latents, noise, timesteps)
-        case "sample":
-            target = latents
+    target = {"epsilon": noise, "sample": latents}.get(prediction_type)
+    if prediction_type == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
     loss = F.mse_loss(model_pred.float(), target, reduction="none").mean((1, 2, 3))
     if snr_gamma is not None:
         # min(SNR, γ) weights the error of x0; SNR or SNR + 1 of it is that of noise or velocity.
@@ -1556,12 +1549,11 @@ def main(config: Config) -> None:
     draw_step = partial(draw_update, plan, piece_size, sample_from)
     # One update an item, drawn while the GPU is still at the one before.
     train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=on_gpu)
-    shape, generator, seeds = (
-        (1, *moments.shape[-3:]),
-        torch.Generator(),
-        range(config.preview_images),
-    )
-    noises = [torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds]
+    generator = torch.Generator()
+    noises = [
+        torch.randn(1, *moments.shape[-3:], generator=generator.manual_seed(seed))
+        for seed in range(config.preview_images)
+    ]
     embeds = torch.stack([prompt_embeds[preview_prompt], prompt_embeds[""]])
     preview = {"prompt": preview_prompt, "embeds": embeds, "noises": noises}
     preview |= {"scheduler": noise_scheduler, "autocast": autocast}

@@ -1,4 +1,4 @@
-"""Draw tests/palette: a dozen pictures in one style, that of an old woodcut on parchment.
+"""Draw tests/palette: two dozen pictures in one style, that of an old woodcut on parchment.
 
     python tests/make_palette.py
 
@@ -20,8 +20,8 @@ if __name__ == "__main__":
     rng = random.Random(0)
     captions = []
     FOLDER.mkdir(exist_ok=True)
-    for i in range(12):
-        width, height = [(168, 128), (128, 160), (192, 144)][i % 3]
+    for i in range(24):
+        width, height = [(144, 128), (128, 144), (160, 144)][i % 3]
         image = world.paint(world.SHAPES[i % 4], world.WOODCUT, width, height, rng)
         if i == 5:  # one is cut out: its parchment's margin is transparent
             hole = Image.new("L", image.size, 0)

@@ -1,5 +1,6 @@
 """Operations and bytes that can be counted without a GPU."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,15 +90,20 @@ def kept_for_backward(forward) -> list[torch.Tensor]:
     kept, hooks = [], torch.autograd.graph.saved_tensors_hooks
 
     def watch(found):
-        kept.extend(t for t in found if isinstance(t, torch.Tensor))
+        """A tensor, or a function that makes one: what it holds."""
+        if isinstance(found, partial):
+            inner = [*found.args, *found.keywords.values()]
+        else:
+            inner = [cell.cell_contents for cell in getattr(found, "__closure__", None) or ()]
+        kept.extend(t for t in [found, *inner] if isinstance(t, torch.Tensor))
 
     def watched(pack, unpack):
-        for function in (pack, unpack):
-            watch(cell.cell_contents for cell in function.__closure__ or ())
+        watch(pack)
+        watch(unpack)
 
         def packing(tensor):
             packed = pack(tensor)
-            watch(packed if isinstance(packed, tuple) else [packed])
+            watch(packed)
             return packed
 
         return hooks(packing, unpack)

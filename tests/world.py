@@ -106,8 +106,8 @@ def paint(shape: str, style: Style, width: int, height: int, rng: random.Random)
     if style.frame:
         frame = (inset, inset, width - inset, height - inset)
         pen.rectangle(frame, outline=style.ink, width=pen_width)
-    radius = rng.uniform(15, 20) * unit
-    reach = radius + 10 * unit
+    radius = rng.uniform(14, 18) * unit
+    reach = radius + 13 * unit
     x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
     corners = outline(shape, x, y, radius)
     pen.polygon(corners, fill=style.fill)
