@@ -138,7 +138,7 @@ def test_the_demo_learns_the_style(demo):
     # The thing named is still there: its shape can be told from what stands out in the frame.
     shapes = [name_framed(image) == shape for image, shape in zip(styled, SHAPES, strict=True)]
     print(f"shapes named: {np.mean(shapes):.0%}")
-    assert np.mean(shapes) >= 0.9
+    assert np.mean(shapes) >= 0.85  # 94 to 100 % with two seeds; another processor is another seed
     red = paint(pipe, [STYLED.format(f"red {shape}") for shape in SHAPES])
     shapes = [name_framed(image) == shape for image, shape in zip(red, SHAPES, strict=True)]
     print(f"shapes named, with colour words: {np.mean(shapes):.0%}")
