@@ -1313,7 +1313,7 @@ def write_card(file: Path, name: str, config: Config, on_gpu: bool, facts: dict[
     longest = max(map(len, re.findall("`+", trigger + settings)), default=0)
     load = 'pipe.load_lora_weights("path/to/this/folder")'
     with_peft = 'PeftModel.from_pretrained(pipe.unet, "path/to/this/folder")'
-    also = f"With `from peft import PeftModel`, the last line but one is `{with_peft}` instead."
+    also = f"With PEFT's `PeftModel`, the last line but one is `{with_peft}` instead."
     if config.use_dora:
         load, also = f"from peft import PeftModel\n\n{with_peft}", "No program below loads a DoRA."
     # Said, since a base model's files may mix float16 and float32.
