@@ -29,8 +29,8 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields
-from functools import lru_cache, partial, wraps
-from io import BytesIO, TextIOWrapper
+from functools import partial
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -59,14 +59,22 @@ def say(message, stream=None) -> None:
     """A line on stderr, or on another stream. It never fails, and sends a terminal no control
     characters, which a stranger's file may hold in a name."""
     stream = stream or sys.stderr
-    encoding = stream.encoding or "utf-8"
     line = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(message))
     try:
-        line = line.encode(encoding, "backslashreplace").decode(encoding)
+        stream.reconfigure(errors="backslashreplace")
         print(line, file=stream, flush=True)
     except (OSError, ValueError):  # closed, or full: what is left in its buffer must not matter
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def told_of(error: BaseException) -> str:
+    """What stopped a run, for the user: one line, or a short list."""
+    if isinstance(error, Trouble):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'here'}: {reason_of(error)}"
+    return f"failed with {type(error).__name__}: {reason_of(error)}"
 
 
 def reason_of(error: BaseException) -> str:
@@ -108,7 +116,6 @@ def one_of(names: str) -> tuple:
 
 
 PRECISION = one_of("fp16, bf16, no")
-RESIZE = one_of("squash, crop")
 # diffusers has piecewise_constant too, which needs rules that no flag gives.
 SCHEDULES = "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial"
 # PEFT's others change the base model's weights, of which no program that loads the seal knows.
@@ -126,9 +133,7 @@ class Config:
 
     dataset_dir: str = option("../Quest_1/generated_palette", PATH, "folder of pictures to learn")
     output_dir: str = option("artist_seal", PATH, "folder for the seal")
-    model_id: str = option(
-        "CompVis/stable-diffusion-v1-4", PATH, "hub id, diffusers folder or .safetensors"
-    )
+    model_id: str = option("CompVis/stable-diffusion-v1-4", PATH, "hub id, folder or .safetensors")
     resolution: int = option(256, TIMES_8, "side of the training pictures in pixels")
     train_batch_size: int = option(1, POSITIVE, "pictures in a batch")
     gradient_accumulation_steps: int = option(4, POSITIVE, "batches in an update")
@@ -152,7 +157,7 @@ class Config:
     max_grad_norm: float = option(1.0, ABOVE_0, "gradients are clipped to this norm")
     snr_gamma: float | None = option(None, ABOVE_0, "min-SNR loss weights; 5 is usual")
     noise_offset: float = option(0.0, FROM_0, "noise per channel: darker and lighter pictures")
-    resize_mode: str = option("squash", RESIZE, "what becomes of pictures that are not square")
+    resize_mode: str = option("squash", one_of("squash, crop"), "of pictures that are not square")
     max_train_steps: int | None = option(None, POSITIVE, "stop after this many updates")
     checkpointing_steps: int = option(500, POSITIVE, "updates from one checkpoint to the next")
     resume: bool = option(False, ANY, "go on from the checkpoint in the output folder")
@@ -170,12 +175,12 @@ class Config:
                 with suppress(ValueError, OverflowError):
                     object.__setattr__(self, option.name, value := kind(value))
             limit, is_valid = option.metadata["limit"]
-            if value is None and type(None) in get_args(option.type):
-                continue
-            if type(value) is not kind or not is_valid(value):
-                name = f"{flag_of(option)} ({key_of(option)})"
+            is_absent = value is None and type(None) in get_args(option.type)
+            if not is_absent and (type(value) is not kind or not is_valid(value)):
+                name = f"{flag_of(option.name)} ({key_of(option.name)})"
                 needed = limit if type(value) is kind else KINDS[kind]
-                raise Refused(f"{name} must be {needed}, not {shown(value)}")
+                found = json.dumps(value, ensure_ascii=False)
+                raise Refused(f"{name} must be {needed}, not {found:.60}")
         if self.init_lora_weights == "orthogonal" and self.rank % 2:
             raise Refused("--init-lora-weights orthogonal needs an even --rank")
         if self.use_dora and self.fp8_base:
@@ -194,31 +199,29 @@ def kind_of(option: Field) -> type:
     return (get_args(option.type) or (option.type,))[0]
 
 
-def flag_of(option: Field) -> str:
-    return "--" + option.name.replace("_", "-")
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def key_of(option: Field) -> str:
-    return re.sub("_(.)", lambda match: match[1].upper(), option.name)
+def key_of(name: str) -> str:
+    return re.sub("_(.)", lambda match: match[1].upper(), name)
 
 
-def shown(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def read_json(text: str) -> dict:
-    """A JSON object's options by their names in Config, which judges their values; null means not
-    given. Raises ValueError."""
-    names, given = {key_of(option): option.name for option in fields(Config)}, {}
-    pairs = json.loads(text, object_pairs_hook=tuple)
-    if not isinstance(pairs, tuple):
-        raise ValueError("must hold one JSON object")  # noqa: TRY004 - as json's own errors
-    for key, value in pairs:
-        if key not in names or names[key] in given:
-            raise ValueError(f"{'repeated' if key in names else 'unknown'} key {shown(key)}")
-        given[names[key]] = value
-    return {name: value for name, value in given.items() if value is not None}
+def read_json(source: str) -> dict:
+    """A JSON object's options, or its file's, by their names in Config, which judges their values;
+    null means not given. Raises Refused."""
+    is_text = source.lstrip().startswith("{")
+    where = "--config" if is_text else f"--config {source}"
+    try:
+        values = json.loads(source if is_text else read_ordinary(Path(source)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{where}: {reason_of(error)}") from None
+    names = {key_of(option.name): option.name for option in fields(Config)}
+    if not isinstance(values, dict):
+        raise Refused(f"{where} must hold one JSON object")
+    if unknown := [key for key in values if key not in names]:
+        raise Refused(f"{where}: unknown key {json.dumps(unknown[0])[:60]}")
+    return {names[key]: value for key, value in values.items() if value is not None}
 
 
 def read_config(argv: list[str]) -> Config:
@@ -232,22 +235,15 @@ def read_config(argv: list[str]) -> Config:
         help += "" if option.default is None else f" (default: {option.default})"
         is_switch = kind_of(option) is bool
         how = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "X"}
-        parser.add_argument(flag_of(option), help=help, default=argparse.SUPPRESS, **how)
+        parser.add_argument(flag_of(option.name), help=help, default=argparse.SUPPRESS, **how)
 
     def refuse(message: str):
         raise Refused(f"{message}; --help lists the options")
 
     parser.error = refuse
     given = vars(parser.parse_args(argv))
-    if (source := given.pop("config")) is not None:
-        is_text = source.lstrip().startswith("{")
-        try:
-            text = source if is_text else read_ordinary(Path(source)).decode()
-            given = read_json(text) | given
-        except (OSError, ValueError, RecursionError) as error:
-            where = "--config" if is_text else f"--config {source}"
-            raise Refused(f"{where}: {reason_of(error)}") from None
-    return Config(**given)
+    source = given.pop("config")
+    return Config(**(read_json(source) if source is not None else {}) | given)
 
 
 # What Pillow reads well of imagefolder's own list; what it does not; what may hold captions.
@@ -259,24 +255,20 @@ CAPTION_SUFFIXES = ".txt .jsonl .csv .parquet"
 def list_files(folder: Path) -> tuple[list[Path], list[Path], list[str]]:
     """Pictures and caption files in a folder and its subfolders, by name, and what looks as if it
     were meant and is not read, each with the reason. What is hidden is passed over."""
-    files, left_out = [], []
-
-    def leave_out(path, why: str) -> None:
-        left_out.append(f"{os.path.relpath(path, folder)} ({why})")
-
-    walk = os.walk(folder, onerror=lambda error: leave_out(error.filename, error.strerror))
+    files, left_out = [], {}
+    walk = os.walk(folder, onerror=lambda error: left_out.update({error.filename: error.strerror}))
     for root, folders, names in walk:
         folders[:] = [name for name in folders if not name.startswith(".")]
+        links = filter(os.path.islink, (os.path.join(root, name) for name in folders))
+        left_out |= dict.fromkeys(links, "a linked folder")
         files += [Path(root, name) for name in names if not name.startswith(".")]
-        for path in filter(Path.is_symlink, (Path(root, name) for name in folders)):
-            leave_out(path, "a linked folder")
-
-    def having(suffixes: str) -> list[Path]:
-        return sorted(path for path in files if path.suffix.lower() in suffixes.split())
-
-    for path in having(OTHER_SUFFIXES):
-        leave_out(path, "a kind that is not read")
-    return having(SUFFIXES), having(CAPTION_SUFFIXES), left_out
+    pictures, caption_files, others = (
+        sorted(path for path in files if path.suffix.lower() in suffixes.split())
+        for suffixes in (SUFFIXES, CAPTION_SUFFIXES, OTHER_SUFFIXES)
+    )
+    left_out |= dict.fromkeys(others, "a kind that is not read")
+    told = [f"{os.path.relpath(path, folder)} ({why})" for path, why in left_out.items()]
+    return pictures, caption_files, told
 
 
 def read_ordinary(path: Path) -> bytes:
@@ -284,6 +276,13 @@ def read_ordinary(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(0, "is not an ordinary file", str(path))
     return path.read_bytes()
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; an empty one if it is no such file."""
+    with suppress(OSError, ValueError, RecursionError, TypeError):
+        return dict(**json.loads(read_ordinary(path)))
+    return {}
 
 
 # What a run leaves in the output folder besides result.json. It first makes all of it in
@@ -308,20 +307,21 @@ def check_folders(config: Config) -> None:
     for what, path in [("dataset", dataset_dir), ("model", Path(config.model_id))]:
         theirs = Path(os.path.realpath(path))
         if path.exists() and (ours.is_relative_to(theirs) or theirs.is_relative_to(ours)):
-            both = f"output folder {output_dir} must not be in the {what} folder {path}"
-            raise Refused(f"{both}, nor the other way round")
+            raise Refused(
+                f"output folder {output_dir} and {what} {path} must not lie in each other"
+            )
 
     is_interrupted = (output_dir / CHECKPOINT).is_file()
-    is_known = is_interrupted or read_result(output_dir) is not None
-
-    def is_strange(path: Path) -> bool:
-        is_right_kind = path.is_dir() if path.name in ("previews", "checkpoint") else path.is_file()
-        return os.path.lexists(path) and not (is_known and is_right_kind and not path.is_symlink())
-
-    names = [Path(name).parts[0] for name in [*OUTPUTS, CHECKPOINT, "result.json"]]
-    if strange := [name for name in names if is_strange(output_dir / name)]:
-        left = f"holds what no run of this script left: {', '.join(strange)}"
-        raise Refused(f"output folder {output_dir} {left}")
+    is_known, strange = is_interrupted or has_result(output_dir), []
+    for name in dict.fromkeys(
+        Path(name).parts[0] for name in [*OUTPUTS, CHECKPOINT, "result.json"]
+    ):
+        path = output_dir / name
+        is_right = path.is_dir() if name in ("previews", "checkpoint") else path.is_file()
+        if os.path.lexists(path) and not (is_known and is_right and not path.is_symlink()):
+            strange.append(name)
+    if strange:
+        raise Refused(f"output folder {output_dir} holds what no run left: {', '.join(strange)}")
     if is_interrupted and not config.resume:
         ways = f"go on from it with --resume, or delete {output_dir / 'checkpoint'}"
         raise Refused(f"output folder {output_dir} holds an interrupted run's work: {ways}")
@@ -356,15 +356,11 @@ def write_result(output_dir: str, success: bool, epochs: int = 0, loss: float | 
     write_whole(Path(output_dir) / "result.json", (json.dumps(result) + "\n").encode())
 
 
-def read_result(output_dir: Path) -> dict | None:
-    """What a run of ours left as `result.json`; None for anything else of that name."""
-    try:
-        found = json.loads(read_ordinary(output_dir / "result.json"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    keys = {"success", "outputDir", "epochsCompleted"}
-    is_ours = isinstance(found, dict) and found.keys() - {"finalLoss"} == keys
-    return found if is_ours and isinstance(found["success"], bool) else None
+def has_result(output_dir: Path) -> bool:
+    """Whether a run of ours left its `result.json`: nothing else of that name has just its form."""
+    found = read_object(output_dir / "result.json")
+    is_ours = found.keys() - {"finalLoss"} == {"success", "outputDir", "epochsCompleted"}
+    return is_ours and isinstance(found["success"], bool)
 
 
 LOCKS = []  # file descriptors; the system frees what they lock however we end
@@ -393,13 +389,12 @@ def begin(argv: list[str]) -> Config:
         config = read_config(argv)
         tempfile.gettempdir()  # torch's import wants it too
         lock(Path(config.output_dir))
-        if read_result(Path(config.output_dir)):
+        if has_result(Path(config.output_dir)):
             write_result(config.output_dir, success=False)
         check_folders(config)
         return config
     except (Trouble, OSError) as error:
-        where = "" if isinstance(error, Trouble) else f"{error.filename or 'here'}: "
-        say(where + (str(error) if isinstance(error, Trouble) else reason_of(error)))
+        say(told_of(error))
         sys.exit(2)
 
 
@@ -431,8 +426,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
@@ -459,8 +455,9 @@ def open_rgb(data: bytes) -> Image.Image:
         raise ValueError("is not the picture that its name says") from None
     pixels = math.prod(image.size)
     if pixels > MOST_PIXELS:
-        most = f"at most {MOST_PIXELS // 10**6} are read"
-        raise ValueError(f"has {pixels / 1e6:.0f} million pixels; {most}")
+        raise ValueError(
+            f"has {pixels / 1e6:.0f} million pixels; at most {MOST_PIXELS / 1e6:g} are read"
+        )
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("has 32 bits a channel, of unknown range; save it with 8 or 16")
     with ONE_AT_A_TIME if pixels > 2**24 else nullcontext():
@@ -481,36 +478,34 @@ def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
 
     Both, because mirroring an image's latents is not the same as encoding its mirror image.
     """
-    square = (resolution, resolution)
-    crop = transforms.Compose([transforms.Resize(resolution), transforms.CenterCrop(square)])
-    resize = crop if resize_mode == "crop" else transforms.Resize(square)
+    crop = [transforms.Resize(resolution), transforms.CenterCrop(resolution)]
+    resize = crop if resize_mode == "crop" else [transforms.Resize((resolution, resolution))]
     normalize = transforms.Normalize([0.5], [0.5])
-    pixels = []
+    transform = transforms.Compose([*resize, transforms.ToTensor(), normalize])
+    pixel_values = []
     for image, digest in zip(examples["image"], examples["sha256"], strict=True):
         data = read_ordinary(Path(image["path"]))
         if hashlib.sha256(data).hexdigest() != digest:
             raise Trouble(f"picture {image['path']} changed after it was checked; start again")
-        pixels.append(normalize(transforms.functional.to_tensor(resize(open_rgb(data)))))
-    return {"pixel_values": [torch.stack([p, transforms.functional.hflip(p)]) for p in pixels]}
+        pixels = transform(open_rgb(data))
+        pixel_values.append(torch.stack([pixels, pixels.flip(-1)]))
+    return {"pixel_values": pixel_values}
 
 
-def read_csv(data: BytesIO) -> dict[str, list[str]]:
-    """The columns of a CSV file by their names. Raises ValueError for a row unlike the header:
-    where a comma is not quoted, pandas would take a caption for a name."""
-    rows = [row for row in csv.reader(TextIOWrapper(data, "utf-8", newline="")) if row] or [[]]
-    header = rows.pop(0)
+def read_table(file: Path) -> list[dict]:
+    """The rows of a metadata file. Raises ValueError for a CSV row unlike the header: where a comma
+    is not quoted, a caption would be taken for a name."""
+    data = read_ordinary(file)
+    if file.suffix.lower() == ".parquet":
+        return parquet.read_table(BytesIO(data)).to_pylist()
+    text = data.decode("utf-8-sig")
+    if file.suffix.lower() == ".jsonl":
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    rows = list(csv.DictReader(StringIO(text, newline="")))
     for number, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            fields = f"{len(row)} fields, the header {len(header)}"
-            raise ValueError(f"row {number} has {fields}; quote texts that hold commas")
-    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
-
-
-CAPTION_READERS = {
-    ".jsonl": partial(pandas.read_json, lines=True, dtype=False),
-    ".csv": read_csv,
-    ".parquet": pandas.read_parquet,
-}
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} is unlike the header; quote texts that hold commas")
+    return rows
 
 
 def read_captions(files: list[Path], pictures: list[Path], train_prompt: str) -> list[str]:
@@ -523,19 +518,18 @@ def read_captions(files: list[Path], pictures: list[Path], train_prompt: str) ->
     stems = {path.with_suffix("") for path in pictures}
     try:
         for file in files:
-            kind, stem = file.suffix.lower(), file.with_suffix("")
-            if kind == ".txt" and stem in stems:
+            stem, is_text = file.with_suffix(""), file.suffix.lower() == ".txt"
+            if is_text and stem in stems:
                 texts[stem] = read_ordinary(file).decode("utf-8-sig")
-            elif kind != ".txt" and stem.name.lower() == "metadata":
-                data = read_ordinary(file).removeprefix(b"\xef\xbb\xbf")
-                table = CAPTION_READERS[kind](BytesIO(data))
-                for name, text in zip(table["file_name"], table["text"], strict=True):
-                    path = os.path.normpath(file.parent / str(name))
-                    missing += [f"{name!r} in {file.name}"] if path not in captions else []
-                    if not isinstance(text, str) and (np.ndim(text) or not pandas.isna(text)):
-                        raise ValueError(f"the caption of {name!r} is no text")
-                    captions[path] = text if isinstance(text, str) else None
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+            elif not is_text and stem.name.lower() == "metadata":
+                for row in read_table(file) or [{}]:  # an empty one lacks its columns
+                    path = os.path.normpath(file.parent / str(row["file_name"]))
+                    if path not in captions:
+                        missing.append(f"{row['file_name']!r} in {file.name}")
+                    if not isinstance(row["text"], str | None):
+                        raise TypeError(f"the caption of {row['file_name']!r} is no text")
+                    captions[path] = row["text"]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         columns = "; it needs the columns file_name and text" if isinstance(error, KeyError) else ""
         raise Refused(f"captions {file}: {reason_of(error)}{columns}") from None
     if missing:
@@ -574,10 +568,10 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
 
     captions = read_captions(caption_files, paths, config.train_prompt)
     own = sum(caption != config.train_prompt for caption in captions)
-    sizes = sorted(sizes, key=math.prod)
-    extent = dict.fromkeys(f"{width}×{height}" for width, height in (sizes[0], sizes[-1]))
+    extents = [f"{width}×{height}" for width, height in sorted(sizes, key=math.prod)]
+    extent = " to ".join(dict.fromkeys([extents[0], extents[-1]]))
     count = "1 picture" if len(paths) == 1 else f"{len(paths)} pictures"
-    say(f"{count}, {' to '.join(extent)} pixels, {own} with captions of their own")
+    say(f"{count}, {extent} pixels, {own} with captions of their own")
     if left_out:
         more = f" and {len(left_out) - 20} more" if len(left_out) > 20 else ""
         say(f"{count}, {len(left_out)} left out: {', '.join(left_out[:20])}{more}")
@@ -594,11 +588,9 @@ def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str
     dataset = dataset.add_column("sha256", list(digests))
     how = {"resolution": config.resolution, "resize_mode": config.resize_mode}
     dataset = dataset.with_transform(partial(apply_transforms, **how))
-    told = {}
-    for path, digest, caption in zip(paths, digests, captions, strict=True):
-        both = f"{digest} {caption}".encode()
-        told[str(path.relative_to(folder))] = hashlib.sha256(both).hexdigest()
-    return dataset, captions, told
+    names = [str(path.relative_to(folder)) for path in paths]
+    both = [f"{digest} {caption}" for digest, caption in zip(digests, captions, strict=True)]
+    return dataset, captions, dict(zip(names, both, strict=True))
 
 
 # ==== The model's parts, one at a time: text encoder, VAE, UNet ==============================
@@ -612,14 +604,18 @@ class Base(NamedTuple):
     variant: str | None = None
     file: Path | None = None
 
+    def path(self, part: str) -> Path:
+        """Of the file that a part's folder must hold."""
+        suffix = f".{self.variant}" if self.variant else ""
+        return self.folder / part / PART_FILES[part].format(suffix)
 
-# What a part's folder must hold, one of; {} stands for a variant such as ".fp16".
+
 PART_FILES = {
-    "tokenizer": ["tokenizer.json", "vocab.json"],
-    "text_encoder": ["model{}.safetensors", "model{}-00001-of-*.safetensors"],
-    "vae": ["diffusion_pytorch_model{}.safetensors"],
-    "unet": [f"diffusion_pytorch_model{{}}{shard}.safetensors" for shard in ("", "-00001-of-*")],
-    "scheduler": ["scheduler_config.json"],
+    "tokenizer": "tokenizer_config.json",
+    "text_encoder": "model{}.safetensors",
+    "vae": "diffusion_pytorch_model{}.safetensors",
+    "unet": "diffusion_pytorch_model{}.safetensors",
+    "scheduler": "scheduler_config.json",
 }
 # Of a file in the original layout: how its keys begin for each part.
 PREFIXES = {"text_encoder": "cond_stage_model.", "vae": "first_stage_model."}
@@ -629,14 +625,9 @@ TRAINED = "text-to-image Stable Diffusion 1.x and 2.x, no SDXL, SD3, Flux or inp
 
 def check_family(model_id: str, folder: Path) -> None:
     """Raises Trouble for a model that is not Stable Diffusion 1.x or 2.x, text to image."""
-
-    def read(name: str) -> dict:
-        with suppress(OSError, ValueError, TypeError):
-            return dict(json.loads(read_ordinary(folder / name)))
-        return {}
-
-    unet, text, vae = (read(f"{part}/config.json") for part in ("unet", "text_encoder", "vae"))
-    index, scheduler = read("model_index.json"), read("scheduler/scheduler_config.json")
+    text, vae, unet = (read_object(folder / part / "config.json") for part in PREFIXES)
+    scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
+    index = read_object(folder / "model_index.json")
     fits = not index.keys() & {"transformer", "text_encoder_2", "prior", "controlnet"}
     if unet and text:
         fits &= unet.get("in_channels", 4) == 4 and not unet.get("addition_embed_type")
@@ -645,10 +636,10 @@ def check_family(model_id: str, folder: Path) -> None:
         what = index.get("_class_name", "something else")
         raise Trouble(f"model {model_id} is {what}; this script trains {TRAINED}")
     kinds = ("epsilon", "v_prediction", "sample")
-    timesteps = scheduler.get("num_train_timesteps", 1000)
+    scale, timesteps = vae.get("scaling_factor", 1), scheduler.get("num_train_timesteps", 1000)
     for needed, is_met in {
         "a VAE of 4 latent channels": vae.get("latent_channels", 4) == 4,
-        "a VAE with a scaling_factor above 0": 0 < (vae.get("scaling_factor", 1) or 0) < math.inf,
+        "a VAE with a scaling_factor above 0": 0 < (scale or 0) < math.inf,
         "a scheduler of noise, not of flow": "Flow" not in scheduler.get("_class_name", ""),
         f"a prediction_type of {kinds}": scheduler.get("prediction_type", "epsilon") in kinds,
         "a scheduler of 1 timestep or more": isinstance(timesteps, int) and timesteps > 0,
@@ -671,8 +662,7 @@ def find_file(file: Path) -> Base:
     """A file in the original layout, judged by its header, with the configurations that go with it,
     from the hub once. Raises Trouble for what is not trained."""
     if file.suffix != ".safetensors":
-        why = "pickled weights are never read, they can run code"
-        raise Trouble(f"model {file} is no .safetensors file: {why}")
+        raise Trouble(f"model {file} is no .safetensors file: pickled ones can run code")
     try:
         with safe_open(file, "pt") as header:
             shapes = {key: header.get_slice(key).get_shape() for key in header.keys()}  # noqa: SIM118
@@ -694,28 +684,28 @@ def find_file(file: Path) -> Base:
 def find_model(model_id: str, variant: str | None) -> Base:
     """The parts of a hub id, downloaded first, of a local folder or of one file. Raises Trouble for
     what is not there, not complete or not trained here."""
-    suffix, base = f".{variant}" if variant else "", Base(Path(model_id), variant)
+    base = Base(Path(model_id), variant)
     if base.folder.is_file():
         if variant:
             raise Refused("--variant is for hub ids and folders; a file has but one")
         base = find_file(base.folder)
     elif not base.folder.is_dir():
-        names = {name.format(suffix) for part in PART_FILES.values() for name in part}
-        wanted = ["*.json", "*/merges.txt", *(f"*/{name.replace('00001', '*')}" for name in names)]
+        weights = [f"{part}/{base.path(part).name}" for part in PREFIXES]
+        wanted = ["*.json", "*/merges.txt", *weights]
         what = f"model {model_id} is no folder here and"
         otherwise = "check the name and the network, set HF_TOKEN if it wants a login, or give "
         otherwise += "--model-id a folder in diffusers layout"
         # The small files first: what is no Stable Diffusion 1 or 2 is not worth a download.
         check_family(model_id, download(model_id, ["*.json"], what, otherwise))
-        base = Base(download(model_id, wanted, what, otherwise), variant)
+        base = base._replace(folder=download(model_id, wanted, what, otherwise))
     check_family(model_id, base.folder)
-    for part, names in PART_FILES.items():
-        found = [any((base.folder / part).glob(name.format(suffix))) for name in names]
-        if not any(found) and not (base.file and part in PREFIXES):
-            pickled = [*(base.folder / part).glob("*.bin"), *(base.folder / part).glob("*.ckpt")]
+    for part in PART_FILES:
+        path = base.path(part)
+        if not path.exists() and not (base.file and part in PREFIXES):
+            pickled = [*path.parent.glob("*.bin"), *path.parent.glob("*.ckpt")]
             why = " (pickled weights are never read: they can run code)" if pickled else ""
             where = "from its page on the hub or by saving it with save_pretrained"
-            missing = f"{part}/{names[0].format(suffix)}{why}"
+            missing = f"{part}/{path.name}{why}"
             raise Trouble(f"model {model_id} lacks {missing}; get it with safetensors, {where}")
     return base
 
@@ -723,19 +713,18 @@ def find_model(model_id: str, variant: str | None) -> Base:
 def fingerprint(base: Base) -> str:
     """Tells base models apart at no cost: of each file its name and size, and of its bytes sixteen
     samples of 4 KiB (a configuration, or a small file's header, is whole among them)."""
-    digest, found = hashlib.sha256(), [base.file] if base.file else []
-    for part, names in PART_FILES.items():
-        for name in [*names, "config.json"]:  # and no other variant's, which may come and go
-            name = name.format(f".{base.variant}" if base.variant else "")
-            found += sorted((base.folder / part).glob(name))
-    for path in found:
-        size = path.stat().st_size
-        name = "" if path == base.file else path.relative_to(base.folder)
-        digest.update(f"{name} {size}".encode())
-        with open(path, "rb") as file:
-            for i in range(16):
-                file.seek(i * max(4096, size // 16))
-                digest.update(file.read(4096))
+    files = {part: base.path(part) for part in PART_FILES}
+    files |= {f"{part} config": base.folder / part / "config.json" for part in PREFIXES}
+    files |= {"file": base.file} if base.file else {}
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        if path.exists():
+            size = path.stat().st_size
+            digest.update(f"{name} {size}".encode())
+            with open(path, "rb") as file:
+                for i in range(16):
+                    file.seek(i * max(4096, size // 16))
+                    digest.update(file.read(4096))
     return digest.hexdigest()
 
 
@@ -752,17 +741,14 @@ def load_part(cls, base: Base, part: str, dtype: torch.dtype | None = None, **op
         if dtype is None:
             return cls.from_pretrained(base.folder / part)
         if base.file:
-            with safe_open(base.file, "pt") as file:
-                keys = [key for key in file.keys() if key.startswith(PREFIXES[part])]  # noqa: SIM118
-                weights = {key: file.get_tensor(key) for key in keys}
             load_clip = partial(single_file_utils.create_diffusers_clip_model_from_ldm, cls)
             load = load_clip if cls is CLIPTextModel else cls.from_single_file
             options = {"subfolder": part, "torch_dtype": dtype, "local_files_only": True}
-            model = load(weights, config=str(base.folder), **options)
+            model = load(load_file(base.file), config=str(base.folder), **options)
             missing = [name for name, weight in model.named_parameters() if weight.is_meta]
         else:
-            options |= {"use_safetensors": True, "output_loading_info": True}
             options |= {"dtype": dtype, "variant": base.variant}
+            options |= {"use_safetensors": True, "output_loading_info": True}
             model, info = cls.from_pretrained(base.folder / part, **options)
             missing = sorted(info["missing_keys"])
     except Exception as error:  # what libraries raise for damaged files is anything
@@ -818,23 +804,13 @@ def encode_pictures(
     # A GPU wants large batches; a CPU is faster with tensors that stay in its cache.
     batch_size = min(16, max(1, (512 if device.type == "cuda" else 256) ** 2 // side**2))
     moments = []
-    bar = tqdm(total=2 * len(dataset), desc="encoding pictures", unit="image", disable=None)
-    # The next batch is read and resized while the VAE is at this one.
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(dataset.__getitem__, slice(0, batch_size))
-        for start in range(0, len(dataset), batch_size):
-            pixel_values = torch.stack(ahead.result()["pixel_values"], 1)  # (2, batch, 3, R, R)
-            after = start + batch_size
-            if after < len(dataset):
-                ahead = reader.submit(dataset.__getitem__, slice(after, after + batch_size))
-            for pixels in pixel_values:
-                posterior = vae.encode(pixels.to(device, dtype)).latent_dist
-                both = torch.stack([posterior.mean, posterior.std], 1).float()
-                moments.append((both * vae.config.scaling_factor).half().cpu())
-                bar.update(len(pixels))
-    bar.close()
-    # From (batch, 2, …) of each orientation in turn to (pictures, orientations, 2, …).
-    moments = torch.stack([torch.cat(moments[0::2]), torch.cat(moments[1::2])], 1)
+    for start in tqdm(range(0, len(dataset), batch_size), "encoding pictures", disable=None):
+        pixel_values = torch.cat(dataset[start : start + batch_size]["pixel_values"])
+        for pixels in pixel_values.split(batch_size):
+            posterior = vae.encode(pixels.to(device, dtype)).latent_dist
+            both = torch.stack([posterior.mean, posterior.std], 1).float()
+            moments.append((both * vae.config.scaling_factor).half().cpu())
+    moments = torch.cat(moments).unflatten(0, (-1, 2))
     if not moments.isfinite().all():
         raise Trouble(f"this model's VAE overflows in {dtype}; try another --mixed-precision")
     return moments
@@ -867,9 +843,7 @@ def frozen_forward(layer: torch.nn.Linear | torch.nn.Conv2d, x: torch.Tensor) ->
             return lambda: widen(layer, dtype).as_strided(shape, stride)
         return tensor
 
-    def unpack(kept) -> torch.Tensor:
-        return kept() if callable(kept) else kept
-
+    unpack = lambda kept: kept() if callable(kept) else kept
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         if isinstance(layer, torch.nn.Linear):
             return F.linear(x, weight, layer.bias)
@@ -936,13 +910,6 @@ def stream_seed(seed: int, stream: int, position: int) -> int:
     return int(np.random.SeedSequence([seed, stream, position]).generate_state(1, np.uint64)[0])
 
 
-@lru_cache(maxsize=1)
-def epoch_order(seed: int, epoch: int, pictures: int) -> list[int]:
-    """The pictures in the order of an epoch."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, ORDER, epoch))
-    return torch.randperm(pictures, generator=generator).tolist()
-
-
 def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[tuple[int, float]]]:
     """An epoch as updates, each a flat list of samples: (place in the epoch's order, weight).
 
@@ -955,49 +922,43 @@ def plan_epoch(pictures: int, batch_size: int, accumulation: int) -> list[list[t
     return [[(i, 1 / (len(u) * len(batch))) for batch in u for i in batch] for u in updates]
 
 
-def draw(
-    position: int, moments: torch.Tensor, caption_embeds: list, num_timesteps: int, config: Config
-) -> dict[str, torch.Tensor]:
-    """All that is random in one training sample, the `position`-th of the run; keyed by that, so
-    that neither batch size nor accumulation changes a draw.
+def draw_update(
+    step: int, plan: list, moments: torch.Tensor, embeds: list, num_timesteps: int, config: Config
+) -> list[dict]:
+    """All that is random in an update, `step` counting from 0 through all epochs: its samples,
+    stacked in pieces to compute at once.
 
-    `moments` are `encode_pictures`'; `caption_embeds` holds each picture's, (77, width), and last
-    the empty prompt's. Returns latents and noise, (4, h, w) float32; timesteps, () int64;
-    prompt_embeds, (77, width) float32.
-    """
-    epoch, place = divmod(position, len(moments))
-    picture = epoch_order(config.seed, epoch, len(moments))[place]
-    generator = torch.Generator().manual_seed(stream_seed(config.seed, SAMPLE, position))
-    flip = int(torch.randint(2, (), generator=generator))
-    mean, std = moments[picture, flip].float()
-    sample = {
-        "latents": mean + std * torch.randn(mean.shape, generator=generator),
-        "noise": torch.randn(mean.shape, generator=generator),
-        "timesteps": torch.randint(num_timesteps, (), generator=generator),
-        "prompt_embeds": caption_embeds[picture],
-    }
-    if config.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
-        sample["noise"] += config.noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
-    # For classifier-free guidance (arXiv 2207.12598): what the empty prompt has learned as well,
-    # guidance does not multiply.
-    if config.caption_dropout and torch.rand((), generator=generator) < config.caption_dropout:
-        sample["prompt_embeds"] = caption_embeds[-1]
-    return sample
-
-
-def draw_update(plan: list, piece_size: int, sample_from: tuple, step: int) -> list[dict]:
-    """The samples of an update, `step` counting from 0 through all epochs, in pieces to compute at
-    once: `draw`'s tensors stacked, and `weight`, (piece,) float32.
-
-    `sample_from` is what `draw` draws from: all its arguments but the position.
+    `moments` are `encode_pictures`'; `embeds` holds each picture's, (77, width), and last
+    the empty prompt's. Returns for each piece latents and noise, (n, 4, h, w), prompt_embeds,
+    (n, 77, width), and weight, (n,), float32; timesteps, (n,) int64.
     """
     epoch, index = divmod(step, len(plan))
-    first = epoch * sum(map(len, plan))
-    samples = [
-        draw(first + place, *sample_from) | {"weight": torch.tensor(weight)}
-        for place, weight in plan[index]
-    ]
-    pieces = [samples[i : i + piece_size] for i in range(0, len(samples), piece_size)]
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, ORDER, epoch))
+    order = torch.randperm(len(moments), generator=generator)
+    samples = []
+    for place, weight in plan[index]:
+        # Keyed by its position in the run: neither batch size nor accumulation changes a draw.
+        position, picture = epoch * len(moments) + place, int(order[place])
+        generator.manual_seed(stream_seed(config.seed, SAMPLE, position))
+        flip = int(torch.randint(2, (), generator=generator))
+        mean, std = moments[picture, flip].float()
+        sample = {
+            "latents": mean + std * torch.randn(mean.shape, generator=generator),
+            "noise": torch.randn(mean.shape, generator=generator),
+            "timesteps": torch.randint(num_timesteps, (), generator=generator),
+            "prompt_embeds": embeds[picture],
+            "weight": torch.tensor(weight),
+        }
+        if config.noise_offset:  # crosslabs.org/blog/diffusion-with-offset-noise
+            offset = torch.randn(len(mean), 1, 1, generator=generator)
+            sample["noise"] += config.noise_offset * offset
+        # For classifier-free guidance (arXiv 2207.12598): what the empty prompt has learned as
+        # well, guidance does not multiply.
+        if config.caption_dropout and torch.rand((), generator=generator) < config.caption_dropout:
+            sample["prompt_embeds"] = embeds[-1]
+        samples.append(sample)
+    size = config.micro_batch_size or config.train_batch_size
+    pieces = [samples[i : i + size] for i in range(0, len(samples), size)]
     return [default_collate(piece) for piece in pieces]
 
 
@@ -1017,17 +978,17 @@ def compute_loss(
     if prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
     loss = F.mse_loss(model_pred.float(), target, reduction="none").mean((1, 2, 3))
-    if snr_gamma is not None:
-        # min(SNR, γ) weights the error of x0; SNR or SNR + 1 of it is that of noise or velocity.
-        # (γ / SNR is infinite where the SNR is zero: its minimum with 1 still is 1.)
-        snr = compute_snr(noise_scheduler, timesteps)
-        weight = {
-            "epsilon": (snr_gamma / snr).clamp(max=1),
-            "v_prediction": snr.clamp(max=snr_gamma) / (snr + 1),
-            "sample": snr.clamp(max=snr_gamma),
-        }[prediction_type]
-        loss = loss * weight
-    return loss
+    if snr_gamma is None:
+        return loss
+    # min(SNR, γ) weights the error of x0; SNR or SNR + 1 of it is that of noise or velocity.
+    # (γ / SNR is infinite where the SNR is zero: its minimum with 1 still is 1.)
+    snr = compute_snr(noise_scheduler, timesteps)
+    weight = {
+        "epsilon": (snr_gamma / snr).clamp(max=1),
+        "v_prediction": snr.clamp(max=snr_gamma) / (snr + 1),
+        "sample": snr.clamp(max=snr_gamma),
+    }
+    return loss * weight[prediction_type]
 
 
 # ==== The seal ===============================================================================
@@ -1108,8 +1069,8 @@ def check_seal(unet: PeftModel, folder: Path, prompt_embeds: torch.Tensor) -> Pe
     does. `prompt_embeds` is (77, width). Raises Trouble otherwise. Returns the UNet with the seal
     as PEFT loads it."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, unet.config.in_channels, 8, 8, generator=generator)
-    noise, prompt_embeds = noise.to(unet.device), prompt_embeds[None].to(unet.device)
+    noise = torch.randn(1, unet.config.in_channels, 8, 8, generator=generator).to(unet.device)
+    prompt_embeds = prompt_embeds[None].to(unet.device)
 
     def output(model) -> torch.Tensor:
         return model.eval()(noise, 1, encoder_hidden_states=prompt_embeds).sample.float()
@@ -1147,26 +1108,22 @@ def write_previews(
 
     `embeds`, (2, 77, width), are the prompt's and the empty one's; each of `noises`, (1, 4, h, w),
     is the same for both rows. `vae_from` is what `load_vae` takes. One picture is drawn at a time,
-    which takes less memory than training.
+    which takes less memory than training. Leaves the UNet in eval mode.
     """
     absent = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
-    parts = dict.fromkeys(absent) | {"unet": unet.get_base_model()}
+    parts = dict.fromkeys(absent) | {"unet": unet.eval().get_base_model()}
     # 20 steps are enough for DPM-Solver++ (arXiv 2211.01095).
     parts["scheduler"] = diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
     prompt_embeds, empty = embeds.to(unet.device).unsqueeze(1)
     options = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": empty}
     options |= {"num_inference_steps": 20, "guidance_scale": 7.5, "output_type": "latent"}
-    latents, was_training = [], unet.training
-    bar = tqdm(total=2 * len(noises), desc="drawing previews", disable=None)
+    latents = []
     try:
         pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        unet.eval()
+        pipe.set_progress_bar_config(desc="drawing a preview", leave=False, disable=None)
         for adapter in (unet.disable_adapter(), nullcontext()):
             with adapter, autocast:
-                for noise in noises:
-                    latents.append(pipe(latents=noise, **options).images.float().cpu())
-                    bar.update()
+                latents += [pipe(latents=x, **options).images.float().cpu() for x in noises]
         base, device, dtype = vae_from
         if device.type == "cuda":
             unet.to("cpu")  # to make room
@@ -1177,9 +1134,6 @@ def write_previews(
         write_whole(file, packed.getvalue())
     except Exception as error:  # noqa: BLE001 - no picture is worth a run
         say(f"no {file.name}: {reason_of(error)}")
-    finally:
-        unet.train(was_training)
-        bar.close()
 
 
 def draw_grid(pictures: torch.Tensor, prompt: str) -> Image.Image:
@@ -1222,8 +1176,7 @@ def draw_loss(rows: list[list]) -> Image.Image:
         step, loss = steps[round(i * (len(steps) - 1) / 5)], i * high / 5
         pen.text((left - 8, bottom - i * (bottom - top) / 5), f"{loss:.3g}", "black", font, "rm")
         pen.text((xs[step - steps[0]], bottom + 14), f"{step}", "black", font, "mm")
-    title = "loss (mean squared error): each update, running mean"
-    pen.text((left, 16), title, "black", font, "lm")
+    pen.text((left, 16), "mean squared error: each update, running mean", "black", font, "lm")
     pen.text(((left + right) / 2, 404), "update", "black", font, "mm")
     return image
 
@@ -1290,16 +1243,17 @@ def write_card(file: Path, name: str, config: Config, on_gpu: bool, facts: dict[
 
     `facts` tell how it was trained. The pictures that lie beside it are shown.
     """
-    is_local, trigger = Path(config.model_id).exists(), config.train_prompt
+    trigger, is_local = config.train_prompt, Path(config.model_id).exists()
+    base = None if is_local else config.model_id
     titles = {"preview.png": "Without and with the seal", "loss.png": "Loss"}
     pictures = [picture for picture in titles if (file.parent / picture).exists()]
     preview_prompt = trigger if config.preview_prompt is None else config.preview_prompt
     widget = {"text": preview_prompt, "output": {"url": "preview.png"}}
-    licenses = [known for of, known in LICENSES.items() if config.model_id.startswith(of)]
+    licenses = [known for of, known in LICENSES.items() if (base or "").startswith(of)]
     tags = "stable-diffusion stable-diffusion-diffusers text-to-image diffusers diffusers-training"
     front_matter = ModelCardData(
-        base_model=None if is_local else config.model_id,
-        license=licenses[0] if licenses and not is_local else None,
+        base_model=base,
+        license=licenses[0] if licenses else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         inference=True,
@@ -1308,7 +1262,7 @@ def write_card(file: Path, name: str, config: Config, on_gpu: bool, facts: dict[
         widget=[widget] if "preview.png" in pictures else None,
     )
     private = {"dataset_dir", "output_dir", "resume"} | ({"model_id"} if is_local else set())
-    told = {key_of(o): getattr(config, o.name) for o in fields(config) if o.name not in private}
+    told = {key_of(n): value for n, value in asdict(config).items() if n not in private}
     settings = json.dumps(told, indent=2, ensure_ascii=False)
     longest = max(map(len, re.findall("`+", trigger + settings)), default=0)
     load = 'pipe.load_lora_weights("path/to/this/folder")'
@@ -1323,7 +1277,7 @@ def write_card(file: Path, name: str, config: Config, on_gpu: bool, facts: dict[
         name=name,
         trigger=trigger,
         fence="`" * max(3, longest + 1),  # a prompt with backticks must not end a block
-        base="path/to/the/base/model" if is_local else config.model_id,
+        base=base or "path/to/the/base/model",
         options=options + (f", variant={config.variant!r}" if config.variant else ""),
         to='.to("cuda")' if on_gpu else "",
         pictures="".join(f"![{titles[picture]}]({picture})\n\n" for picture in pictures),
@@ -1348,8 +1302,8 @@ def summarize(rows: list[list], plan: list) -> tuple[int, float | None]:
     if epochs == 0:
         return 0, None
     last = rows[(epochs - 1) * len(plan) : epochs * len(plan)]
-    total = sum(row[2] * len(update) for row, update in zip(last, plan, strict=True))
-    return epochs, total / sum(map(len, plan))
+    losses, sizes = [row[2] for row in last], [len(update) for update in plan]
+    return epochs, float(np.average(losses, weights=sizes))
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1379,11 +1333,9 @@ def read_checkpoint(file: Path, identity: dict[str, str], total_steps: int) -> d
             change = f": {before[:60]}, now {now[:60]}" if name.startswith("--") else ""
             differing += f"\n  {name}{change}"
     if differing:
-        needed = "--resume needs the interrupted run's options and pictures; these differ:"
-        raise Refused(needed + differing)
+        raise Refused("--resume needs the same options and pictures; these differ:" + differing)
     if steps > total_steps:
-        where = f"the checkpoint is at update {steps}, this run ends at {total_steps}"
-        raise Refused(f"--resume: {where}")
+        raise Refused(f"the checkpoint is at update {steps}, this run ends at {total_steps}")
     return saved
 
 
@@ -1419,48 +1371,12 @@ def remove_unfinished(unfinished: Path) -> None:
 # ==== The run ================================================================================
 
 
-def answering(main):
-    """Let `main` end in an exit code, and whatever stops it in one message on stderr."""
-
-    @wraps(main)
-    def answered(config: Config) -> int:
-        resumable, exit_code = True, 1
-        try:
-            main(config)
-            return 0
-        except SystemExit as stop:
-            exit_code = stop.code
-            say("interrupted")
-        except Trouble as trouble:
-            say(trouble)
-            resumable, exit_code = False, trouble.exit_code
-        except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
-            if is_out_of_memory(error):
-                flags = "--gradient-checkpointing, --fp8-base, --micro-batch-size 1"
-                say(f"out of memory; what lowers it: {flags}, a smaller --resolution or --rank")
-            elif isinstance(error, OSError):
-                say(f"{error.filename or config.output_dir}: {reason_of(error)}")
-            else:
-                say(f"failed with {type(error).__name__}: {reason_of(error)}")
-        finally:
-            Stop.deferred = False
-            while LOCKS:
-                os.close(LOCKS.pop())
-        if resumable and (Path(config.output_dir) / CHECKPOINT).exists():
-            say("the same command with --resume goes on from the checkpoint")
-        return exit_code
-
-    return answered
-
-
-@answering
 def main(config: Config) -> None:
     """The run, from a folder of pictures to the seal. Raises Trouble, or SystemExit on a signal."""
     output_dir = Path(config.output_dir)
     checkpoint_file = output_dir / CHECKPOINT
     unfinished = checkpoint_file.parent
-    lock(output_dir)  # `begin` judged the command so; here for whoever calls main
-    check_folders(config)
+    check_folders(config)  # `begin` did so, but not for whoever calls main
     for library in (datasets, diffusers.utils, transformers.utils):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -1493,8 +1409,8 @@ def main(config: Config) -> None:
     # --- What a resumed run must share with the one before it -----------------------------------
     piece_size = config.micro_batch_size or config.train_batch_size
     values = asdict(config) | {"mixed_precision": precision, "micro_batch_size": piece_size}
-    compared = [option for option in fields(config) if option.name not in FREE_TO_CHANGE]
-    identity = {flag_of(option): json.dumps(values[option.name]) for option in compared}
+    compared = [name for name in values if name not in FREE_TO_CHANGE]
+    identity = {flag_of(name): json.dumps(values[name]) for name in compared}
     identity["the base model's files"] = fingerprint(base)  # the same, by whatever name
     identity |= {f"picture {name!r}": digest for name, digest in digests.items()}
     saved = read_checkpoint(checkpoint_file, identity, total_steps) if config.resume else None
@@ -1516,10 +1432,9 @@ def main(config: Config) -> None:
     weights = sum(weight.numel() for weight in lora.values())
     root, divisor = ("√", config.rank**0.5) if config.use_rslora else ("", config.rank)
     strength = f"{config.lora_alpha:g}/{root}{config.rank} = {config.lora_alpha / divisor:g}"
-    say(f"training {weights:,} LoRA weights at strength {strength}, {total_steps} updates")
+    kind = "DoRA weights, for PEFT alone," if config.use_dora else "LoRA weights"
+    say(f"training {weights:,} {kind} at strength {strength}, {total_steps} updates")
     say(f"of {config.model_id} in {dtype_name} on {hardware}")
-    if config.use_dora:
-        say("a DoRA's seal is for PEFT alone: no pytorch_lora_weights.safetensors will be written")
 
     # --- The state of the loop: all of it in the checkpoint (the rate follows from the step) ----
     # Fused, AdamW leaves it to the GPU whether the scaler found an overflow.
@@ -1543,17 +1458,15 @@ def main(config: Config) -> None:
             lr_scheduler.step()
 
     # --- What the loop draws from, and what previews do, the same in each of them ---------------
-    num_timesteps = noise_scheduler.config.num_train_timesteps
-    sample_from = (moments, caption_embeds, num_timesteps, config)
     steps = range(len(rows), total_steps)
-    draw_step = partial(draw_update, plan, piece_size, sample_from)
+    draw_from = {"plan": plan, "moments": moments, "embeds": caption_embeds, "config": config}
+    draw_from["num_timesteps"] = noise_scheduler.config.num_train_timesteps
+    draw_step = partial(draw_update, **draw_from)
     # One update an item, drawn while the GPU is still at the one before.
     train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=on_gpu)
-    generator = torch.Generator()
-    noises = [
-        torch.randn(1, *moments.shape[-3:], generator=generator.manual_seed(seed))
-        for seed in range(config.preview_images)
-    ]
+    shape, generator = (1, *moments.shape[-3:]), torch.Generator()
+    seeded = map(generator.manual_seed, range(config.preview_images))  # one after the other
+    noises = [torch.randn(shape, generator=generator) for generator in seeded]
     embeds = torch.stack([prompt_embeds[preview_prompt], prompt_embeds[""]])
     preview = {"prompt": preview_prompt, "embeds": embeds, "noises": noises}
     preview |= {"scheduler": noise_scheduler, "autocast": autocast}
@@ -1608,12 +1521,10 @@ def main(config: Config) -> None:
         if pending and (keeps or at_epoch_end or time.monotonic() > looked + 5):
             sizes = [len(plan[i % len(plan)]) for i in range(len(rows), done)]
             losses, rates, norms = zip(*pending, strict=True)
-            told = zip(
-                sizes, torch.stack(losses).tolist(), rates, torch.stack(norms).tolist(), strict=True
-            )
+            losses, norms = torch.stack(losses).tolist(), torch.stack(norms).tolist()
             seconds, looked = time.monotonic() - looked, time.monotonic()
             speed, memory = sum(sizes) / max(seconds, 1e-9), round(peak_memory(device))
-            for size, loss, rate, norm in told:
+            for size, loss, rate, norm in zip(sizes, losses, rates, norms, strict=True):
                 if not math.isfinite(loss):
                     # At the first update the seal does nothing yet.
                     own = "the base model's weights are damaged, or overflow in this precision"
@@ -1646,6 +1557,7 @@ def main(config: Config) -> None:
             # The UNet has the GPU: the CPU decodes.
             vae_from = (base, torch.device("cpu"), torch.float32)
             write_previews(file, unet=unet, vae_from=vae_from, **preview)
+            unet.train()
             Stop.deferred, looked = True, time.monotonic()
     bar.close()
     in_loop.close()
@@ -1683,10 +1595,31 @@ def main(config: Config) -> None:
     publish(unfinished, output_dir)
     write_result(config.output_dir, True, epochs, loss)
     remove_unfinished(unfinished)
-    say(f"seal written to {config.output_dir}; its README.md tells how to load it", sys.stdout)
-    if not config.use_dora:
-        say(f"such as by pipe.load_lora_weights({config.output_dir!r})", sys.stdout)
+    how = "PeftModel alone" if config.use_dora else f"pipe.load_lora_weights({config.output_dir!r})"
+    say(f"seal written to {config.output_dir}; load it by {how}; see its README.md", sys.stdout)
+
+
+def run(config: Config) -> int:
+    """`main`, which ends in an exit code and, whatever stops it, one message on stderr."""
+    try:
+        main(config)
+        return 0
+    except SystemExit as stop:
+        say("interrupted")
+        error, exit_code = stop, stop.code
+    except Exception as caught:  # noqa: BLE001 - whatever it is, the user gets one line
+        error, exit_code = caught, getattr(caught, "exit_code", 1)
+        flags = "--gradient-checkpointing, --fp8-base, --micro-batch-size 1"
+        lower = f"out of memory; what lowers it: {flags}, a smaller --resolution or --rank"
+        say(lower if is_out_of_memory(error) else told_of(error))
+    finally:
+        Stop.deferred = False
+        while LOCKS:
+            os.close(LOCKS.pop())
+    if not isinstance(error, Trouble) and (Path(config.output_dir) / CHECKPOINT).exists():
+        say("the same command with --resume goes on from the checkpoint")
+    return exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(config))
+    sys.exit(run(config))

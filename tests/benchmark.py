@@ -100,8 +100,9 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         moments = torch.randn(4, 2, 2, 4, self.side, self.side, generator=generator).half().abs()
         embeds = torch.randn(77, width, generator=generator)
-        sample = quest.draw(0, moments, [embeds] * 5, 1000, self.config)
-        batch = {k: v.to(DEVICE) for k, v in torch.utils.data.default_collate([sample]).items()}
+        plan = quest.plan_epoch(4, 1, 1)
+        (piece,) = quest.draw_update(0, plan, moments, [embeds] * 5, 1000, self.config)
+        batch = {name: value.to(DEVICE) for name, value in piece.items()}
         scheduler = quest.DDPMScheduler.from_pretrained(self.folder / "scheduler")
         with torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype is not torch.float32):
             return quest.compute_loss(unet, scheduler, batch).mean()

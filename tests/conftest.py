@@ -129,8 +129,12 @@ class Prepared:
     moments: torch.Tensor
 
     def draw(self, position: int) -> dict[str, torch.Tensor]:
+        """The sample at a position of the run, batches of one."""
+        plan = quest.plan_epoch(len(self.moments), 1, 1)
         timesteps = self.noise_scheduler.config.num_train_timesteps
-        return quest.draw(position, self.moments, self.caption_embeds, timesteps, self.config)
+        draw_from = (self.moments, self.caption_embeds, timesteps, self.config)
+        (piece,) = quest.draw_update(position, plan, *draw_from)
+        return {name: value[0] for name, value in piece.items()}
 
     def batch(self, *positions: int) -> dict[str, torch.Tensor]:
         return torch.utils.data.default_collate([self.draw(position) for position in positions])
@@ -155,6 +159,15 @@ def prepared(wanted, dtype=torch.float32) -> Prepared:
     )
 
 
+def epoch_order(seed: int, epoch: int, pictures: int) -> list[int]:
+    """The pictures of an epoch as they are drawn, told by their captions."""
+    config = quest.Config(seed=seed, train_batch_size=pictures)
+    plan = quest.plan_epoch(pictures, pictures, 1)
+    draw_from = (torch.zeros(pictures, 2, 2, 1, 1, 1), [*torch.arange(pictures + 1)], 1000, config)
+    (piece,) = quest.draw_update(epoch, plan, *draw_from)
+    return piece["prompt_embeds"].tolist()
+
+
 def transformed(*paths: Path, resolution: int = 64, resize_mode: str = "squash") -> list:
     """Each picture and its mirror image as the training sees them: (2, 3, R, R) in [-1, 1]."""
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
@@ -177,9 +190,9 @@ def flags(config) -> list[str]:
     for option in quest.fields(quest.Config):
         value = getattr(config, option.name)
         if isinstance(value, bool):
-            words += [quest.flag_of(option)] if value else []
+            words += [quest.flag_of(option.name)] if value else []
         elif value is not None:
-            words += [quest.flag_of(option), str(value)]
+            words += [quest.flag_of(option.name), str(value)]
     return words
 
 

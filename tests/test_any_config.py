@@ -63,7 +63,7 @@ SETTINGS = {
 def outcome(config, tmp_path, options) -> int:
     """The exit code of a run with these options in its JSON file."""
     base = config(num_train_epochs=1)
-    values = {quest.key_of(o): getattr(base, o.name) for o in fields(base)} | options
+    values = {quest.key_of(o.name): getattr(base, o.name) for o in fields(base)} | options
     file = tmp_path / "input.json"
     file.write_text(json.dumps(values))
     shutil.rmtree(base.output_dir, ignore_errors=True)
@@ -72,7 +72,7 @@ def outcome(config, tmp_path, options) -> int:
     except quest.Trouble as trouble:
         assert any(key in str(trouble) for key in options)
         return trouble.exit_code
-    code = quest.main(wanted)
+    code = quest.run(wanted)
     result = json.loads((Path(base.output_dir) / "result.json").read_text())
     assert result["success"] is (code == 0)
     return code

@@ -78,7 +78,7 @@ def test_a_missing_dataset_leaves_nothing(tmp_path):
 
 
 def test_the_defaults_are_the_contract():
-    defaults = {quest.key_of(o): o.default for o in fields(quest.Config)}
+    defaults = {quest.key_of(o.name): o.default for o in fields(quest.Config)}
     assert {key: defaults[key] for key in INPUT_DATA} == INPUT_DATA
     assert defaults["trainPrompt"] == "a painting in the style of artist_seal"
     assert (defaults["rank"], defaults["loraAlpha"], defaults["loraDropout"]) == (16, 32.0, 0.05)
@@ -96,7 +96,7 @@ def test_flags_win_over_json_and_json_over_defaults(tmp_path):
 @pytest.mark.parametrize("how", ["a file", "the object itself"])
 def test_json_alone_trains(how, config, tmp_path):
     wanted = config(num_train_epochs=1, train_prompt="--a prompt = {odd}")
-    text = json.dumps({quest.key_of(o): getattr(wanted, o.name) for o in fields(wanted)})
+    text = json.dumps({quest.key_of(o.name): getattr(wanted, o.name) for o in fields(wanted)})
     (tmp_path / "input.json").write_text(text)
     done = run("--config", tmp_path / "input.json" if how == "a file" else text)
     assert done.returncode == 0, done.stderr
@@ -165,7 +165,6 @@ def test_bad_flags_are_refused_by_name(words, message, tmp_path):
         ('{"trainPrompt": 5}', "must be a string, not 5"),
         ('{"datasetDir": ["a"]}', 'must be a string, not ["a"]'),
         ('{"datasetDir": "a\\u0000b"}', "must be a path"),
-        ('{"seed": 1, "seed": 2}', 'repeated key "seed"'),
         ("[1]", "must hold one JSON object"),
         ("{", "Expecting property name"),
         ("", "Expecting value"),
@@ -197,9 +196,9 @@ def test_folders_are_judged(palette, tmp_path):
     for dataset_dir, output_dir, message in [
         (file, "seal", f"dataset folder {file} is a file, not a folder"),
         (empty, "seal", f"dataset folder {empty} has no pictures"),
-        (palette, palette, "must not be in the dataset folder"),
-        (palette, palette / "seal", "must not be in the dataset folder"),
-        (palette, tmp_path / "palette/../palette/x", "must not be in the dataset folder"),
+        (palette, palette, "must not lie in each other"),
+        (palette, palette / "seal", "must not lie in each other"),
+        (palette, tmp_path / "palette/../palette/x", "must not lie in each other"),
         (palette, tmp_path / "empty/notes.txt", "cannot be written"),
         (palette, tmp_path / "empty/notes.txt/seal", "cannot be written"),
         (palette, "/proc/seal", "cannot be written"),
@@ -340,7 +339,7 @@ def test_names_are_no_trap(config, palette):
         ("unet/diffusion_pytorch_model.safetensors", "lacks unet/diffusion_pytorch_model.safeten"),
         ("vae", "lacks vae/diffusion_pytorch_model.safetensors"),
         ("text_encoder/model.safetensors", "lacks text_encoder/model.safetensors"),
-        ("tokenizer", "lacks tokenizer/tokenizer.json"),
+        ("tokenizer", "lacks tokenizer/tokenizer_config.json"),
         ("scheduler", "lacks scheduler/scheduler_config.json"),
         ("unet/config.json", "the model's unet cannot be loaded"),
     ],
@@ -353,7 +352,7 @@ def test_a_model_with_parts_missing(remove, message, config, model, tmp_path, ca
     else:
         (broken / remove).unlink()
     wanted = config(model_id=str(broken))
-    assert quest.main(wanted) == 1
+    assert quest.run(wanted) == 1
     assert message in capsys.readouterr().err
     assert not Path(wanted.output_dir).exists()
 
@@ -365,7 +364,7 @@ def test_pickled_weights_are_never_read(config, model, tmp_path, capsys):
     # Unpickling this would leave a file behind.
     weights.with_suffix(".bin").write_bytes(b"cos\nsystem\n(S'touch unpickled'\ntR.")
     weights.unlink()
-    assert quest.main(config(model_id=str(broken))) == 1
+    assert quest.run(config(model_id=str(broken))) == 1
     assert "pickled weights are never read" in capsys.readouterr().err
     assert not Path("unpickled").exists()
 
@@ -375,13 +374,13 @@ def test_damaged_weights_are_named(config, model, tmp_path, capsys):
     shutil.copytree(model, broken)
     weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert quest.main(config(model_id=str(broken))) == 1
+    assert quest.run(config(model_id=str(broken))) == 1
     assert "the model's vae cannot be loaded" in capsys.readouterr().err
 
 
 def test_a_model_that_is_nowhere(config, capsys):
     wanted = config(model_id="nobody/no-such-model")
-    assert quest.main(wanted) == 1
+    assert quest.run(wanted) == 1
     message = capsys.readouterr().err
     assert "nobody/no-such-model" in message and "HF_TOKEN" in message
     assert not Path(wanted.output_dir).exists()
@@ -392,9 +391,9 @@ def test_a_model_that_is_nowhere(config, capsys):
 
 def test_a_loss_that_is_not_finite_keeps_the_earlier_seal(config, capsys):
     wanted = config()
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     before = snapshot(Path(wanted.output_dir))
-    assert quest.main(config(learning_rate=1e30)) == 1
+    assert quest.run(config(learning_rate=1e30)) == 1
     assert "loss not finite at update" in capsys.readouterr().err
     after = snapshot(Path(wanted.output_dir))
     result = json.loads(after.pop("result.json"))
@@ -405,7 +404,7 @@ def test_a_loss_that_is_not_finite_keeps_the_earlier_seal(config, capsys):
 
 
 def test_out_of_memory_names_the_flags(config, capsys):
-    assert quest.main(config(rank=2**31 - 1)) == 1
+    assert quest.run(config(rank=2**31 - 1)) == 1
     message = capsys.readouterr().err
     assert "out of memory" in message and "a smaller --resolution or --rank" in message
     assert "--gradient-checkpointing" in message

@@ -42,7 +42,7 @@ def cells(file: Path, columns: int, side: int = 64) -> np.ndarray:
 
 def test_the_preview_shows_base_and_seal(config, model):
     wanted = config(preview_images=3, num_train_epochs=10, preview_prompt="a red circle")
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     base, seal = cells(Path(wanted.output_dir) / "preview.png", 3).astype(int)
     assert (np.abs(base - seal).mean((1, 2, 3)) > 1).all()
     assert np.abs(base[0] - base[1]).mean() > 1  # another seed, another picture
@@ -65,11 +65,11 @@ def test_the_preview_shows_base_and_seal(config, model):
 def test_previews_do_not_touch_the_training(config, interrupt):  # noqa: F811
     options = {"num_train_epochs": 4, "lora_dropout": 0.3, "gradient_checkpointing": True}
     plain = config(**options)
-    assert quest.main(plain) == 0
+    assert quest.run(plain) == 0
     without = seal_bytes(plain)
     assert not (Path(plain.output_dir) / "previews").exists()
     wanted = config(preview_images=1, preview_every_epochs=2, **options)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     assert seal_bytes(wanted) == without
     previews = Path(wanted.output_dir) / "previews"
     assert sorted(p.name for p in previews.iterdir()) == ["epoch-0002.png", "epoch-0004.png"]
@@ -79,18 +79,18 @@ def test_previews_do_not_touch_the_training(config, interrupt):  # noqa: F811
     assert np.abs(last - end).max() <= 2
     # Interrupted and resumed: the pictures of both parts are there.
     interrupt(8)
-    assert quest.main(wanted) == 130
+    assert quest.run(wanted) == 130
     interrupt(None)
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(replace(wanted, resume=True)) == 0
     assert sorted(p.name for p in previews.iterdir()) == ["epoch-0002.png", "epoch-0004.png"]
     assert seal_bytes(wanted) == without
 
 
 def test_older_pictures_do_not_stay(config):
-    assert quest.main(config(preview_images=1, preview_every_epochs=1)) == 0
+    assert quest.run(config(preview_images=1, preview_every_epochs=1)) == 0
     wanted = config()
     (Path(wanted.output_dir) / "mine.txt").write_text("the user's")
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     left = {path.name for path in Path(wanted.output_dir).iterdir()}
     assert left == {*SEAL, "result.json", "loss.csv", "loss.png", "README.md", "mine.txt"}
     assert "preview.png" not in (Path(wanted.output_dir) / "README.md").read_text()
@@ -102,7 +102,7 @@ def test_trouble_in_drawing_is_a_warning(config, monkeypatch, capsys):
 
     monkeypatch.setattr(quest, "draw_grid", broken)
     wanted = config(preview_images=1, preview_every_epochs=1)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     message = capsys.readouterr().err
     assert "no preview.png: CUDA out of memory" in message
     assert "no epoch-0001.png" in message
@@ -114,7 +114,7 @@ def test_trouble_in_drawing_is_a_warning(config, monkeypatch, capsys):
 
 def test_loss_csv(config):
     wanted = config(learning_rate=2e-3)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     rows = read_csv(wanted)
     assert [(row["update"], row["epoch"]) for row in rows] == [
         ("1", "1"), ("2", "1"), ("3", "2"), ("4", "2")
@@ -132,12 +132,12 @@ def test_loss_csv(config):
 def test_loss_csv_is_exact_across_resume(config, interrupt):  # noqa: F811
     measured = ("images_per_second", "peak_memory_mib")
     wanted = config(num_train_epochs=4, checkpointing_steps=3)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     whole = read_csv(wanted)
     interrupt(5)
-    assert quest.main(wanted) == 130
+    assert quest.run(wanted) == 130
     interrupt(None)
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(replace(wanted, resume=True)) == 0
     again = read_csv(wanted)
     assert len(again) == len(whole) == 8
     for one, other in zip(whole, again, strict=True):
@@ -162,7 +162,7 @@ def test_loss_png_shows_the_numbers():
 
 def test_the_card(config, model, palette):
     wanted = config(preview_images=1, train_prompt='a "red" circle: it\'s')
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     folder = Path(wanted.output_dir)
     text = (folder / "README.md").read_text()
     card = ModelCard(text)
@@ -173,7 +173,7 @@ def test_the_card(config, model, palette):
     assert card.data.base_model is None  # a folder of the user's
     assert "8/4 = 2" in text and "4 in 2 epochs" in text
     for option in fields(wanted):
-        named = f'"{quest.key_of(option)}": ' in text
+        named = f'"{quest.key_of(option.name)}": ' in text
         assert named is (option.name not in {"dataset_dir", "output_dir", "model_id", "resume"})
     settings = re.search(r"```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[1]
     (folder / "settings.json").write_text(settings)
@@ -227,7 +227,7 @@ def test_the_snippets_in_the_card_run_as_printed(kind, config, model, tmp_path, 
         pipe.save_pretrained(base, **options)
     prompt = "a ```circle``` in `ticks`, 'quotes' and \"quotes\""
     wanted = config(model_id=str(base), train_prompt=prompt, use_dora=kind == "dora", **options)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     (tmp_path / "path/to/this").mkdir()
     (tmp_path / "path/to/this/folder").symlink_to(wanted.output_dir)
     text = (Path(wanted.output_dir) / "README.md").read_text()
@@ -248,7 +248,7 @@ def test_every_seal_has_a_name_of_its_own(config, tmp_path):
     names = set()
     for seed in (0, 1):
         wanted = config(seed=seed, output_dir=str(tmp_path / f"private{seed}"))
-        assert quest.main(wanted) == 0
+        assert quest.run(wanted) == 0
         file = Path(wanted.output_dir) / "pytorch_lora_weights.safetensors"
         with safe_open(file, "pt") as seal:
             metadata = seal.metadata()

@@ -83,7 +83,7 @@ def test_bad_captions_are_refused(name, content, message, config, palette, capsy
     content = content if isinstance(content, bytes) else content.encode()
     (palette / name).write_bytes(content)
     wanted = config()
-    assert quest.main(wanted) == 2
+    assert quest.run(wanted) == 2
     assert message in capsys.readouterr().err
     assert not Path(wanted.output_dir).exists()
 
@@ -116,23 +116,23 @@ def test_the_right_caption_goes_with_the_right_picture(config, palette, model):
 def test_captions_count_in_resume(config, palette, interrupt, capsys):  # noqa: F811
     (palette / "0.txt").write_text("a red circle")
     wanted = config(num_train_epochs=4, train_batch_size=2)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     whole = finished(wanted)
     interrupt(3)
-    assert quest.main(wanted) == 130
+    assert quest.run(wanted) == 130
     interrupt(None)
     (palette / "0.txt").write_text("a blue circle")
-    assert quest.main(replace(wanted, resume=True)) == 2
+    assert quest.run(replace(wanted, resume=True)) == 2
     assert "picture '0.png'" in capsys.readouterr().err
     (palette / "0.txt").write_text("a red circle")
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(replace(wanted, resume=True)) == 0
     assert finished(wanted) == whole
 
 
 def test_long_captions_are_named_by_their_tokens(config, palette, capsys):
     (palette / "0.txt").write_text("red " * 75)  # 75 words, start and end: just 77
     (palette / "1.txt").write_text("red " * 80)
-    assert quest.main(config()) == 0
+    assert quest.run(config()) == 0
     message = capsys.readouterr().err
     assert "longer than 77 tokens" in message and "picture '1.png' (82 tokens)" in message
     assert "0.png" not in message and "red red" not in message
@@ -194,7 +194,7 @@ def test_a_base_with_zero_terminal_snr_trains(config, model, tmp_path):
         base / "scheduler", rescale_betas_zero_snr=True, prediction_type="v_prediction"
     )
     scheduler.save_pretrained(base / "scheduler")
-    assert quest.main(config(model_id=str(base), snr_gamma=5.0, preview_images=1)) == 0
+    assert quest.run(config(model_id=str(base), snr_gamma=5.0, preview_images=1)) == 0
 
 
 def test_noise_offset(config):
@@ -243,14 +243,14 @@ def test_caption_dropout(config, palette):
 )
 def test_schedules(name, warmup, factor, config, interrupt):  # noqa: F811
     wanted = config(num_train_epochs=6, lr_scheduler=name, lr_warmup_steps=warmup)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     rates = [float(row["learning_rate"]) for row in read_csv(wanted)]
     assert rates == pytest.approx([1e-2 * factor(step) for step in range(12)], rel=1e-5)
     whole = finished(wanted)
     interrupt(7)
-    assert quest.main(wanted) == 130
+    assert quest.run(wanted) == 130
     interrupt(None)
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(replace(wanted, resume=True)) == 0
     assert finished(wanted) == whole
     assert [float(row["learning_rate"]) for row in read_csv(wanted)] == rates
 
@@ -261,7 +261,7 @@ def test_schedules(name, warmup, factor, config, interrupt):  # noqa: F811
 def test_rslora_has_its_strength_everywhere(config, model):
     """alpha / √rank = 8 / 2 = 4: the file's alpha is 4 × 4 = 16."""
     wanted = config(use_rslora=True)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     seal = Path(wanted.output_dir)
     tensors = load_file(seal / "pytorch_lora_weights.safetensors")
     assert all(t.item() == 16 for key, t in tensors.items() if key.endswith(".alpha"))
@@ -278,10 +278,10 @@ def test_rslora_has_its_strength_everywhere(config, model):
 
 def test_dora_is_for_peft_alone(config, model, capsys):
     """The output is W' = m (W + 2BA) / ‖W + 2BA‖, rows of the weight normed."""
-    assert quest.main(config()) == 0  # an earlier seal, whose file must not stay
+    assert quest.run(config()) == 0  # an earlier seal, whose file must not stay
     assert "load_lora_weights" in capsys.readouterr().out
     wanted = config(use_dora=True, preview_images=1)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     seal = Path(wanted.output_dir)
     assert not (seal / "pytorch_lora_weights.safetensors").exists()
     assert "No program below loads a DoRA" in (seal / "README.md").read_text()
@@ -366,7 +366,7 @@ def test_stable_diffusion_2_layouts(config, model, tmp_path):
     scheduler = DDPMScheduler.from_pretrained(base / "scheduler", prediction_type="v_prediction")
     scheduler.save_pretrained(base / "scheduler")
     wanted = config(model_id=str(base), preview_images=1)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     with safe_open(Path(wanted.output_dir) / "pytorch_lora_weights.safetensors", "pt") as f:
         metadata = f.metadata()
     assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
@@ -393,7 +393,7 @@ def test_other_families_are_refused(name, index, unet, config, model, tmp_path, 
     else:
         found = json.loads((base / "unet" / "config.json").read_text())
         (base / "unet" / "config.json").write_text(json.dumps(found | unet))
-    assert quest.main(config(model_id=str(base))) == 1
+    assert quest.run(config(model_id=str(base))) == 1
     message = capsys.readouterr().err
     assert f"is {name}; this script trains text-to-image Stable Diffusion 1.x and 2.x" in message
 

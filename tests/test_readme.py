@@ -14,9 +14,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_option_is_in_the_readme_with_its_default():
     table = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| (.+?) \|", README, re.MULTILINE))
-    assert list(table) == [quest.flag_of(option) for option in fields(quest.Config)]
+    assert list(table) == [quest.flag_of(option.name) for option in fields(quest.Config)]
     for option in fields(quest.Config):
-        shown = table[quest.flag_of(option)]
+        shown = table[quest.flag_of(option.name)]
         if option.default is False:
             assert shown == "off"
         elif option.default is None:
@@ -30,7 +30,7 @@ def test_help_lists_every_option_and_makes_nothing(tmp_path):
     assert done.returncode == 0 and list(tmp_path.iterdir()) == []
     text = " ".join(done.stdout.split("options:")[1].split())
     for option in fields(quest.Config):
-        about = text.split(f" {quest.flag_of(option)} ", 1)[-1]
+        about = text.split(f" {quest.flag_of(option.name)} ", 1)[-1]
         about = about.split(" --", 1)[0] if not isinstance(option.default, bool) else about
         assert option.metadata["help"] in about
         assert option.default is None or f"(default: {option.default})" in about

@@ -72,7 +72,7 @@ def interrupt(monkeypatch):
 def test_resumed_is_uninterrupted(options, config, interrupt, monkeypatch):
     wanted = config(**{"num_train_epochs": 4} | options)
     count = interrupt(None)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     whole, batches = finished(wanted), count["batches"]
     shutil.rmtree(wanted.output_dir)
 
@@ -81,7 +81,7 @@ def test_resumed_is_uninterrupted(options, config, interrupt, monkeypatch):
     while True:
         interrupt([1, 2, 3][stops % 3])
         torch.manual_seed(random.randrange(2**32))  # what a new process would find
-        code = quest.main(again)
+        code = quest.run(again)
         if code == 0:
             break
         assert code == 130
@@ -103,7 +103,7 @@ def test_a_signal_while_losses_are_looked_at_loses_nothing(config, interrupt, mo
         return 0.0
 
     monkeypatch.setattr(quest, "peak_memory", look)
-    assert quest.main(wanted) == 143
+    assert quest.run(wanted) == 143
     saved = torch.load(checkpoint_file(wanted), weights_only=True)
     assert len(saved["rows"]) == 5  # two epochs of two updates, and the one in hand
 
@@ -111,7 +111,7 @@ def test_a_signal_while_losses_are_looked_at_loses_nothing(config, interrupt, mo
 def test_what_was_published_already_is_published_again(config, monkeypatch):
     """The disk is full at the very last write: --resume has nothing left to train."""
     wanted = config(preview_images=1, preview_every_epochs=1)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     names = set(snapshot(Path(wanted.output_dir)))
     shutil.rmtree(wanted.output_dir)
     write_result = quest.write_result
@@ -122,9 +122,9 @@ def test_what_was_published_already_is_published_again(config, monkeypatch):
         write_result(output_dir, success, *rest)
 
     monkeypatch.setattr(quest, "write_result", full)
-    assert quest.main(wanted) == 1
+    assert quest.run(wanted) == 1
     monkeypatch.setattr(quest, "write_result", write_result)
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(replace(wanted, resume=True)) == 0
     assert "previews/epoch-0002.png" in names
     assert set(snapshot(Path(wanted.output_dir))) == names
 
@@ -132,7 +132,7 @@ def test_what_was_published_already_is_published_again(config, monkeypatch):
 def test_a_lost_update_is_done_again_the_same(config, interrupt, monkeypatch):
     """A crash between two checkpoints: the updates since the last one are repeated exactly."""
     wanted = config(checkpointing_steps=3, num_train_epochs=4)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     whole = finished(wanted)
     compute_loss, calls = quest.compute_loss, []
 
@@ -143,58 +143,58 @@ def test_a_lost_update_is_done_again_the_same(config, interrupt, monkeypatch):
         return compute_loss(*args)
 
     monkeypatch.setattr(quest, "compute_loss", dying)
-    assert quest.main(wanted) == 1
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(wanted) == 1
+    assert quest.run(replace(wanted, resume=True)) == 0
     assert finished(wanted) == whole
 
 
 def test_without_a_checkpoint_it_starts_afresh_and_says_so(config, capsys):
     wanted = config()
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     whole = finished(wanted)
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(replace(wanted, resume=True)) == 0
     assert "no checkpoint in" in capsys.readouterr().err
     assert finished(wanted) == whole
 
 
 def test_training_on_for_longer(config, interrupt):
     longer = config(num_train_epochs=5)
-    assert quest.main(longer) == 0
+    assert quest.run(longer) == 0
     whole = finished(longer)
     shutil.rmtree(longer.output_dir)
     interrupt(4)
-    assert quest.main(config(num_train_epochs=3)) == 130
+    assert quest.run(config(num_train_epochs=3)) == 130
     interrupt(None)
-    assert quest.main(replace(longer, resume=True, gradient_checkpointing=True)) == 0
+    assert quest.run(replace(longer, resume=True, gradient_checkpointing=True)) == 0
     assert finished(longer)["result.json"] == whole["result.json"]
 
 
 def test_another_run_is_refused_with_a_list(config, interrupt, palette, capsys):
     wanted = config(num_train_epochs=4)
     interrupt(9)
-    assert quest.main(wanted) == 130
+    assert quest.run(wanted) == 130
     interrupt(None)
     before = snapshot(Path(wanted.output_dir))
-    assert quest.main(config(resume=True, learning_rate=0.5, rank=2, num_train_epochs=4)) == 2
+    assert quest.run(config(resume=True, learning_rate=0.5, rank=2, num_train_epochs=4)) == 2
     message = capsys.readouterr().err
     assert "--learning-rate: 0.01, now 0.5" in message and "--rank: 4, now 2" in message
     assert "--seed" not in message and "picture '" not in message
     (palette / "0.png").rename(palette / "new.png")
     shutil.copy(palette / "2.png", palette / "1.png")
-    assert quest.main(replace(wanted, resume=True)) == 2
+    assert quest.run(replace(wanted, resume=True)) == 2
     message = capsys.readouterr().err
     assert all(f"picture '{name}.png'" in message for name in ["0", "new", "1"])
     assert "'2.png'" not in message and "--rank" not in message
     (palette / "new.png").rename(palette / "0.png")
     assert snapshot(Path(wanted.output_dir)) == before
-    assert quest.main(replace(wanted, resume=True, max_train_steps=1)) == 2
+    assert quest.run(replace(wanted, resume=True, max_train_steps=1)) == 2
     assert "picture '1.png'" in capsys.readouterr().err
 
 
 def test_a_shorter_run_than_the_checkpoint_is_refused(config, interrupt, capsys):
     interrupt(9)
-    assert quest.main(config(num_train_epochs=4)) == 130
-    assert quest.main(config(resume=True, num_train_epochs=1)) == 2
+    assert quest.run(config(num_train_epochs=4)) == 130
+    assert quest.run(config(resume=True, num_train_epochs=1)) == 2
     assert "the checkpoint is at update 6, this run ends at 2" in capsys.readouterr().err
 
 
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_named(damage, config, capsys):
     file = checkpoint_file(wanted)
     file.parent.mkdir(parents=True)
     file.write_bytes(damage)
-    assert quest.main(wanted) == 1
+    assert quest.run(wanted) == 1
     assert f"{file} is damaged" in capsys.readouterr().err
     assert file.read_bytes() == damage
 
@@ -251,7 +251,7 @@ def test_a_second_signal_stops_at_once(config, interrupt, monkeypatch):
         return compute_loss(*args)
 
     monkeypatch.setattr(quest, "compute_loss", twice)
-    assert quest.main(wanted) == 130
+    assert quest.run(wanted) == 130
     assert os.listdir(wanted.output_dir) == ["result.json"]
 
 
@@ -309,7 +309,7 @@ def test_kill_nine_at_any_moment(config):
 def test_a_full_disk(limit, config):
     """No file may grow past the limit: the earlier seal survives, the message names the file."""
     wanted = config(seed=1)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     before = finished(wanted)
     changed = config(seed=2, checkpointing_steps=1)
 
@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_at_any_write(config, monkeypatch, capsys):
     """Each write of a run in turn finds the disk full; what was there stays, --resume goes on."""
     earlier = config(seed=1)
     wanted = config(seed=2, checkpointing_steps=1)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     whole = finished(wanted)
     fsync, writes, faults = os.fsync, {"left": 0}, 0
 
@@ -350,12 +350,12 @@ def test_a_disk_that_is_full_at_any_write(config, monkeypatch, capsys):
     while True:
         writes["left"] = -1
         shutil.rmtree(wanted.output_dir)
-        assert quest.main(earlier) == 0
+        assert quest.run(earlier) == 0
         before = finished(earlier)
         quest.write_result(wanted.output_dir, success=False)  # as the command does at its start
         capsys.readouterr()
         writes["left"] = faults + 1
-        if quest.main(wanted) == 0:
+        if quest.run(wanted) == 0:
             break
         faults += 1
         message = capsys.readouterr().err
@@ -368,7 +368,7 @@ def test_a_disk_that_is_full_at_any_write(config, monkeypatch, capsys):
         assert result_of(wanted)["success"] is False
         assert not [p for p in Path(wanted.output_dir).rglob("*") if "partial" in p.name]
         writes["left"] = -1
-        assert quest.main(replace(wanted, resume=True)) == 0
+        assert quest.run(replace(wanted, resume=True)) == 0
         assert finished(wanted) == whole
     # The first result.json; with each of four updates the checkpoint, loss.csv and result.json; the
     # two adapter files; loss.csv, curve, card and the last result.json.
@@ -387,10 +387,10 @@ def test_an_output_folder_removed_in_training(config, monkeypatch):
         return compute_loss(*args)
 
     monkeypatch.setattr(quest, "compute_loss", removing)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     removed = finished(wanted)
     monkeypatch.undo()
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     assert finished(wanted) == removed
 
 
@@ -405,14 +405,14 @@ def test_an_output_folder_turned_into_a_file(config, monkeypatch, capsys):
         return compute_loss(*args)
 
     monkeypatch.setattr(quest, "compute_loss", spoiling)
-    assert quest.main(wanted) == 1
+    assert quest.run(wanted) == 1
     assert wanted.output_dir in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "I/O")])
 def test_a_failing_update_keeps_the_work_so_far(error, config, monkeypatch, capsys):
     wanted = config(num_train_epochs=4)
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     whole = finished(wanted)
     shutil.rmtree(wanted.output_dir)
     compute_loss, calls = quest.compute_loss, []
@@ -424,13 +424,13 @@ def test_a_failing_update_keeps_the_work_so_far(error, config, monkeypatch, caps
         return compute_loss(*args)
 
     monkeypatch.setattr(quest, "compute_loss", failing)
-    assert quest.main(wanted) == 1
+    assert quest.run(wanted) == 1
     message = capsys.readouterr().err
     assert "--resume goes on" in message
     if isinstance(error, torch.OutOfMemoryError):
         assert "out of memory; what lowers it: --gradient-checkpointing" in message
     assert result_of(wanted)["epochsCompleted"] == 2
-    assert quest.main(replace(wanted, resume=True)) == 0
+    assert quest.run(replace(wanted, resume=True)) == 0
     assert finished(wanted) == whole
     assert len(calls) == 8 + 12 - 6  # the failed update was done again, nothing else
 
@@ -445,7 +445,7 @@ def test_a_loss_that_is_not_finite_names_the_update(config, capsys, monkeypatch)
 
     monkeypatch.setattr(quest, "compute_loss", spoiling)
     wanted = config(checkpointing_steps=2, num_train_epochs=4)
-    assert quest.main(wanted) == 1
+    assert quest.run(wanted) == 1
     message = capsys.readouterr().err
     assert "loss not finite at update 3;" in message
     saved = torch.load(checkpoint_file(wanted), weights_only=True)
@@ -463,7 +463,7 @@ def test_an_overflow_that_the_scaler_handles_is_no_failure(config, monkeypatch):
         return made
 
     monkeypatch.setattr(torch.amp, "GradScaler", eager)
-    assert quest.main(config(mixed_precision="fp16", num_train_epochs=30)) == 0
+    assert quest.run(config(mixed_precision="fp16", num_train_epochs=30)) == 0
     assert 0 < scales[0].get_scale() < 2.0**40
 
 
@@ -483,7 +483,7 @@ def test_odd_pictures_train(config, palette):
     shutil.copy(palette / "0.png", palette / "имя с пробелом\nи строкой.png")
     dataset, _, digests = quest.load_pictures(config())
     assert len(dataset) == len(digests) == 9
-    assert quest.main(config(num_train_epochs=1)) == 0
+    assert quest.run(config(num_train_epochs=1)) == 0
 
 
 def test_two_runs_at_once(config):

@@ -21,7 +21,7 @@ import quest_7_2 as quest
 @pytest.fixture
 def seal(config) -> Path:
     wanted = config()
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     return Path(wanted.output_dir)
 
 
@@ -107,7 +107,7 @@ def test_a_seal_that_does_not_load_is_no_success(config, capsys, monkeypatch):
 
         monkeypatch.setattr(quest, "kohya_state_dict", broken)
         wanted = config()
-        assert quest.main(wanted) == 1
+        assert quest.run(wanted) == 1
         assert "does not do what was trained" in capsys.readouterr().err
         assert {p.name for p in Path(wanted.output_dir).iterdir()} == {"result.json", "checkpoint"}
         shutil.rmtree(wanted.output_dir)

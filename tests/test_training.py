@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import world
-from conftest import Prepared, prepared, transformed
+from conftest import Prepared, epoch_order, prepared, transformed
 from diffusers import AutoencoderKL, DDPMScheduler
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -28,7 +28,7 @@ def cache(config) -> Prepared:
 
 def train(wanted) -> dict[str, torch.Tensor]:
     """The adapter that a run leaves."""
-    assert quest.main(wanted) == 0
+    assert quest.run(wanted) == 0
     return load_file(Path(wanted.output_dir) / "adapter_model.safetensors")
 
 
@@ -72,7 +72,7 @@ def test_the_cached_loss_is_the_plain_loss(prediction_type, cache, model, palett
         gradients = torch.autograd.grad(loss, lora)
 
         epoch, index = divmod(position, 3)
-        picture = quest.epoch_order(5, epoch, 3)[index]
+        picture = epoch_order(5, epoch, 3)[index]
         generator = torch.Generator().manual_seed(quest.stream_seed(5, quest.SAMPLE, position))
         flip = bool(torch.randint(2, (), generator=generator))
         flips.add(flip)
@@ -125,7 +125,7 @@ def test_every_draw_is_fresh_and_keyed(cache):
     counts = torch.zeros(3, 2)
     samples = {}
     for i, drawn in enumerate(draws):
-        picture = quest.epoch_order(5, i // 3, 3)[i % 3]
+        picture = epoch_order(5, i // 3, 3)[i % 3]
         distance = ((drawn["latents"] - moments[picture, :, 0]) / moments[picture, :, 1]).square()
         flip = int(distance.mean((1, 2, 3)).argmin())
         counts[picture, flip] += 1
@@ -140,11 +140,11 @@ def test_every_draw_is_fresh_and_keyed(cache):
 
 
 def test_epochs_are_shuffled_whole(cache):
-    orders = [quest.epoch_order(3, epoch, 50) for epoch in range(20)]
+    orders = [epoch_order(3, epoch, 50) for epoch in range(20)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 20
-    assert quest.epoch_order(3, 0, 50) == orders[0]
-    assert quest.epoch_order(4, 0, 50) != orders[0]
+    assert epoch_order(3, 0, 50) == orders[0]
+    assert epoch_order(4, 0, 50) != orders[0]
 
 
 def test_transforms_reach_minus_one_and_one(tmp_path):
@@ -234,7 +234,7 @@ def test_an_update_follows_the_mean_of_its_gradients(config, model, monkeypatch)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     wanted = config(learning_rate=1e-12, lora_dropout=0.0, num_train_epochs=1)
-    quest.main(wanted)
+    quest.run(wanted)
     cache = prepared(wanted)
     unet = cache.unet()
     noise_scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
@@ -279,7 +279,7 @@ def test_max_train_steps_ends_in_mid_epoch(config, capsys):
 def test_final_loss_is_the_mean_over_the_last_epoch(config, model):
     """With nothing learned (a tiny learning rate) it can be worked out sample by sample."""
     wanted = config(learning_rate=1e-12, lora_dropout=0.0, train_batch_size=2)
-    quest.main(wanted)
+    quest.run(wanted)
     result = quest.json.loads((Path(wanted.output_dir) / "result.json").read_text())
     assert result["epochsCompleted"] == 2  # success or not: is the last bit of an output learned?
     cache = prepared(wanted)
