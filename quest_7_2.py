@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
-from io import BytesIO, StringIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -61,19 +61,20 @@ def say(message, stream=None) -> None:
     stream = stream or sys.stderr
     line = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(message))
     try:
-        stream.reconfigure(errors="backslashreplace")
+        with suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="backslashreplace")
         print(line, file=stream, flush=True)
     except (OSError, ValueError):  # closed, or full: what is left in its buffer must not matter
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def told_of(error: BaseException) -> str:
+def told_of(error: BaseException, where: str = "here") -> str:
     """What stopped a run, for the user: one line, or a short list."""
     if isinstance(error, Trouble):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'here'}: {reason_of(error)}"
+        return f"{error.filename or where}: {reason_of(error)}"
     return f"failed with {type(error).__name__}: {reason_of(error)}"
 
 
@@ -230,8 +231,7 @@ def read_config(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser("quest_7_2.py", description=about, allow_abbrev=False)
     parser.add_argument("--config", metavar="X", help="JSON of options in camelCase, or its file")
     for option in fields(Config):
-        limit = "" if option.metadata["limit"] is PATH else option.metadata["limit"][0]
-        help = "; ".join(filter(None, [option.metadata["help"], limit]))
+        help = "; ".join(filter(None, [option.metadata["help"], option.metadata["limit"][0]]))
         help += "" if option.default is None else f" (default: {option.default})"
         is_switch = kind_of(option) is bool
         how = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "X"}
@@ -426,7 +426,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch.optim import AdamW
@@ -441,6 +440,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 # Pillow's own decoders of these: of others, some start a program, as Ghostscript for PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "TGA", "PPM")
 MOST_PIXELS = 100_000_000
+THREADS = min(8, os.cpu_count() or 1)
 ONE_AT_A_TIME = threading.Lock()  # held for large pictures, which take up to 15 bytes a pixel
 
 
@@ -479,33 +479,38 @@ def apply_transforms(examples: dict, resolution: int, resize_mode: str) -> dict:
     Both, because mirroring an image's latents is not the same as encoding its mirror image.
     """
     crop = [transforms.Resize(resolution), transforms.CenterCrop(resolution)]
-    resize = crop if resize_mode == "crop" else [transforms.Resize((resolution, resolution))]
-    normalize = transforms.Normalize([0.5], [0.5])
-    transform = transforms.Compose([*resize, transforms.ToTensor(), normalize])
-    pixel_values = []
-    for image, digest in zip(examples["image"], examples["sha256"], strict=True):
+    squash = [transforms.Resize((resolution, resolution))]
+    to_range = [transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    transform = transforms.Compose((crop if resize_mode == "crop" else squash) + to_range)
+
+    def load(image: dict, digest: str) -> torch.Tensor:
         data = read_ordinary(Path(image["path"]))
         if hashlib.sha256(data).hexdigest() != digest:
             raise Trouble(f"picture {image['path']} changed after it was checked; start again")
         pixels = transform(open_rgb(data))
-        pixel_values.append(torch.stack([pixels, pixels.flip(-1)]))
-    return {"pixel_values": pixel_values}
+        return torch.stack([pixels, pixels.flip(-1)])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {"pixel_values": list(pool.map(load, examples["image"], examples["sha256"]))}
 
 
-def read_table(file: Path) -> list[dict]:
-    """The rows of a metadata file. Raises ValueError for a CSV row unlike the header: where a comma
-    is not quoted, a caption would be taken for a name."""
-    data = read_ordinary(file)
-    if file.suffix.lower() == ".parquet":
-        return parquet.read_table(BytesIO(data)).to_pylist()
-    text = data.decode("utf-8-sig")
-    if file.suffix.lower() == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    rows = list(csv.DictReader(StringIO(text, newline="")))
+def read_csv(data: BytesIO) -> dict[str, list[str]]:
+    """The columns of a CSV file by their names. Raises ValueError for a row unlike the header:
+    where a comma is not quoted, pandas would take a caption for a name."""
+    rows = [row for row in csv.reader(TextIOWrapper(data, "utf-8", newline="")) if row] or [[]]
+    header = rows.pop(0)
     for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise ValueError(f"row {number} is unlike the header; quote texts that hold commas")
-    return rows
+        if len(row) != len(header):
+            fields = f"{len(row)} fields, the header {len(header)}"
+            raise ValueError(f"row {number} has {fields}; quote texts that hold commas")
+    return {name: [row[i] for row in rows] for i, name in enumerate(header)}
+
+
+CAPTION_READERS = {
+    ".jsonl": partial(pandas.read_json, lines=True, dtype=False),
+    ".csv": read_csv,
+    ".parquet": pandas.read_parquet,
+}
 
 
 def read_captions(files: list[Path], pictures: list[Path], train_prompt: str) -> list[str]:
@@ -518,18 +523,19 @@ def read_captions(files: list[Path], pictures: list[Path], train_prompt: str) ->
     stems = {path.with_suffix("") for path in pictures}
     try:
         for file in files:
-            stem, is_text = file.with_suffix(""), file.suffix.lower() == ".txt"
-            if is_text and stem in stems:
+            kind, stem = file.suffix.lower(), file.with_suffix("")
+            if kind == ".txt" and stem in stems:
                 texts[stem] = read_ordinary(file).decode("utf-8-sig")
-            elif not is_text and stem.name.lower() == "metadata":
-                for row in read_table(file) or [{}]:  # an empty one lacks its columns
-                    path = os.path.normpath(file.parent / str(row["file_name"]))
-                    if path not in captions:
-                        missing.append(f"{row['file_name']!r} in {file.name}")
-                    if not isinstance(row["text"], str | None):
-                        raise TypeError(f"the caption of {row['file_name']!r} is no text")
-                    captions[path] = row["text"]
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+            elif kind != ".txt" and stem.name.lower() == "metadata":
+                data = read_ordinary(file).removeprefix(b"\xef\xbb\xbf")
+                table = CAPTION_READERS[kind](BytesIO(data))
+                for name, text in zip(table["file_name"], table["text"], strict=True):
+                    path = os.path.normpath(file.parent / str(name))
+                    missing += [f"{name!r} in {file.name}"] if path not in captions else []
+                    if not isinstance(text, str) and (np.ndim(text) or not pandas.isna(text)):
+                        raise ValueError(f"the caption of {name!r} is no text")
+                    captions[path] = text if isinstance(text, str) else None
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         columns = "; it needs the columns file_name and text" if isinstance(error, KeyError) else ""
         raise Refused(f"captions {file}: {reason_of(error)}{columns}") from None
     if missing:
@@ -552,14 +558,14 @@ def examine(path: Path) -> tuple[str, tuple[int, int], str]:
 
 def load_pictures(config: Config) -> tuple[datasets.Dataset, list[str], dict[str, str]]:
     """The folder as a `datasets` imagefolder whose rows are `apply_transforms`' pixel values; the
-    caption of each picture; and by its name in the folder a SHA-256 of both.
+    caption of each picture; and by its name in the folder its SHA-256 and caption.
 
     Raises Refused with a list of all pictures that cannot be used.
     """
     # Normalised, as the captions' paths are: the default folder begins with "..".
     folder = Path(os.path.abspath(config.dataset_dir))
     paths, caption_files, left_out = list_files(folder)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         examined = tqdm(pool.map(examine, paths), "checking pictures", len(paths), disable=None)
         digests, sizes, problems = zip(*examined, strict=True)
     if problems := [problem for problem in problems if problem]:
@@ -607,11 +613,13 @@ class Base(NamedTuple):
     def path(self, part: str) -> Path:
         """Of the file that a part's folder must hold."""
         suffix = f".{self.variant}" if self.variant else ""
-        return self.folder / part / PART_FILES[part].format(suffix)
+        path = self.folder / part / PART_FILES[part].format(suffix)
+        is_new = part == "tokenizer" and not path.exists()  # as transformers 5 saves it
+        return path.with_name("tokenizer.json") if is_new else path
 
 
 PART_FILES = {
-    "tokenizer": "tokenizer_config.json",
+    "tokenizer": "vocab.json",
     "text_encoder": "model{}.safetensors",
     "vae": "diffusion_pytorch_model{}.safetensors",
     "unet": "diffusion_pytorch_model{}.safetensors",
@@ -744,7 +752,9 @@ def load_part(cls, base: Base, part: str, dtype: torch.dtype | None = None, **op
             load_clip = partial(single_file_utils.create_diffusers_clip_model_from_ldm, cls)
             load = load_clip if cls is CLIPTextModel else cls.from_single_file
             options = {"subfolder": part, "torch_dtype": dtype, "local_files_only": True}
-            model = load(load_file(base.file), config=str(base.folder), **options)
+            weights = load_file(base.file)  # mapped, not read
+            weights = {key: weights[key] for key in weights if key.startswith(PREFIXES[part])}
+            model = load(weights, config=str(base.folder), **options)
             missing = [name for name, weight in model.named_parameters() if weight.is_meta]
         else:
             options |= {"dtype": dtype, "variant": base.variant}
@@ -803,13 +813,16 @@ def encode_pictures(
     side = dataset[0]["pixel_values"].shape[-1]
     # A GPU wants large batches; a CPU is faster with tensors that stay in its cache.
     batch_size = min(16, max(1, (512 if device.type == "cuda" else 256) ** 2 // side**2))
-    moments = []
-    for start in tqdm(range(0, len(dataset), batch_size), "encoding pictures", disable=None):
-        pixel_values = torch.cat(dataset[start : start + batch_size]["pixel_values"])
+    moments, read = [], 4 * batch_size  # pictures, by several threads
+    bar = tqdm(total=2 * len(dataset), desc="encoding pictures", unit="image", disable=None)
+    for start in range(0, len(dataset), read):
+        pixel_values = torch.cat(dataset[start : start + read]["pixel_values"])
         for pixels in pixel_values.split(batch_size):
             posterior = vae.encode(pixels.to(device, dtype)).latent_dist
             both = torch.stack([posterior.mean, posterior.std], 1).float()
             moments.append((both * vae.config.scaling_factor).half().cpu())
+            bar.update(len(pixels))
+    bar.close()
     moments = torch.cat(moments).unflatten(0, (-1, 2))
     if not moments.isfinite().all():
         raise Trouble(f"this model's VAE overflows in {dtype}; try another --mixed-precision")
@@ -958,8 +971,7 @@ def draw_update(
             sample["prompt_embeds"] = embeds[-1]
         samples.append(sample)
     size = config.micro_batch_size or config.train_batch_size
-    pieces = [samples[i : i + size] for i in range(0, len(samples), size)]
-    return [default_collate(piece) for piece in pieces]
+    return [default_collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 def compute_loss(
@@ -1169,8 +1181,7 @@ def draw_loss(rows: list[list]) -> Image.Image:
     xs = np.interp(steps, (steps[0], max(steps[-1], steps[0] + 1)), (left, right))
     for x, y in zip(xs, np.interp(losses, (0, high), (bottom, top)), strict=True):
         pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill="#9ecae1")
-    curve = np.interp(smooth, (0, high), (bottom, top))
-    pen.line([*zip(xs, curve, strict=True)], "#08519c", 3)
+    pen.line([*zip(xs, np.interp(smooth, (0, high), (bottom, top)), strict=True)], "#08519c", 3)
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")
     for i in range(6):
         step, loss = steps[round(i * (len(steps) - 1) / 5)], i * high / 5
@@ -1324,8 +1335,8 @@ def read_checkpoint(file: Path, identity: dict[str, str], total_steps: int) -> d
         saved = torch.load(file, map_location="cpu", weights_only=True)
         old, steps = saved["identity"], len(saved["rows"])
     except Exception as error:  # noqa: BLE001 - torch raises several kinds for a damaged file
-        damaged = f"{file} is damaged ({reason_of(error)})"
-        raise Trouble(f"{damaged}; delete it to start afresh") from None
+        damage = f"{file} is damaged ({reason_of(error)}); delete it to start afresh"
+        raise Trouble(damage) from None
     differing = ""
     for name in {**old, **identity}:
         before, now = old.get(name, "none"), identity.get(name, "none")
@@ -1376,7 +1387,8 @@ def main(config: Config) -> None:
     output_dir = Path(config.output_dir)
     checkpoint_file = output_dir / CHECKPOINT
     unfinished = checkpoint_file.parent
-    check_folders(config)  # `begin` did so, but not for whoever calls main
+    lock(output_dir)  # `begin` judged the command so; here for whoever calls main
+    check_folders(config)
     for library in (datasets, diffusers.utils, transformers.utils):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -1449,8 +1461,7 @@ def main(config: Config) -> None:
     if saved:
         rows, states = saved["rows"], saved["optimizer"]["state"]
         if saved["lora"].keys() != lora.keys() or (rows and len(states) != len(lora)):
-            damaged = f"{checkpoint_file} is damaged (weights are missing)"
-            raise Trouble(f"{damaged}; delete it to start afresh")
+            raise Trouble(f"{checkpoint_file} is damaged (no weights); delete it to start afresh")
         unet.load_state_dict(saved["lora"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -1611,7 +1622,7 @@ def run(config: Config) -> int:
         error, exit_code = caught, getattr(caught, "exit_code", 1)
         flags = "--gradient-checkpointing, --fp8-base, --micro-batch-size 1"
         lower = f"out of memory; what lowers it: {flags}, a smaller --resolution or --rank"
-        say(lower if is_out_of_memory(error) else told_of(error))
+        say(lower if is_out_of_memory(error) else told_of(error, config.output_dir))
     finally:
         Stop.deferred = False
         while LOCKS:

@@ -1,5 +1,6 @@
 """The command as a user meets it: options, JSON, bad input, exit codes, the output folder."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -208,7 +209,7 @@ def test_folders_are_judged(palette, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_in_use_is_left_alone(config, tmp_path):
+def test_a_folder_in_use_is_left_alone(config, capsys):
     wanted = config()
     output_dir = Path(wanted.output_dir)
     output_dir.mkdir()
@@ -219,6 +220,13 @@ def test_a_folder_in_use_is_left_alone(config, tmp_path):
     assert "multiple of 8" in refused(*flags(wanted), "--resolution", 7)
     assert snapshot(output_dir) == before
     os.close(quest.LOCKS.pop())
+    # The other run may have made the folder while this one was importing.
+    other = os.open(output_dir, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert quest.run(wanted) == 2
+    message = capsys.readouterr().err
+    assert "is in use by another run" in message and "pictures" not in message
+    os.close(other)
 
 
 def test_a_refused_run_disowns_an_older_result(config, tmp_path):
@@ -339,7 +347,7 @@ def test_names_are_no_trap(config, palette):
         ("unet/diffusion_pytorch_model.safetensors", "lacks unet/diffusion_pytorch_model.safeten"),
         ("vae", "lacks vae/diffusion_pytorch_model.safetensors"),
         ("text_encoder/model.safetensors", "lacks text_encoder/model.safetensors"),
-        ("tokenizer", "lacks tokenizer/tokenizer_config.json"),
+        ("tokenizer", "lacks tokenizer/tokenizer.json"),
         ("scheduler", "lacks scheduler/scheduler_config.json"),
         ("unet/config.json", "the model's unet cannot be loaded"),
     ],

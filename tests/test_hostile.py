@@ -1,5 +1,6 @@
 """Hostile and clumsy input: nothing of the user's is lost, nothing of a stranger's is run."""
 
+import io
 import json
 import os
 import shutil
@@ -334,14 +335,22 @@ def test_captions_as_they_come(config, palette, capsys):
         assert "the caption of '1.png' is no text" in capsys.readouterr().err
 
 
+def test_messages_reach_any_stream():
+    """A notebook's has no reconfigure; and where an error names no file, the folder is named."""
+    stream = io.StringIO()
+    quest.say("red \x1b[31m", stream)
+    assert stream.getvalue() == "red \\x1b[31m\n"
+    assert quest.told_of(OSError(28, "No space left"), "my_seal") == "my_seal: No space left"
+
+
 def test_no_caption_is_printed(config, palette, capsys):
     """An unquoted comma, a line too long, an empty file: the row is named, not what it says."""
     for text, message in [
         (
             "file_name,text\n0.png,a plain one\n1.png,my secret, with a comma\n",
-            "row 2 is unlike the header",
+            "row 2 has 3 fields",
         ),
-        ("file_name,text\n0.png,my secret, everywhere\n", "row 1 is unlike the header"),
+        ("file_name,text\n0.png,my secret, everywhere\n", "row 1 has 3 fields"),
         ("my secret\n", "it needs the columns file_name and text"),
         ("", "metadata.csv"),
     ]:
@@ -376,7 +385,7 @@ def test_a_checkpoint_without_its_tensors_is_damaged(lost, config, interrupt, ca
         state["optimizer"]["state"] = {}
     torch.save(state, checkpoint_file(wanted))
     assert quest.run(replace(wanted, resume=True)) == 1
-    assert "is damaged (weights are missing)" in capsys.readouterr().err
+    assert "is damaged (no weights)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["exchanged", "removed"])
