@@ -32,7 +32,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -99,21 +99,21 @@ class Stop:
             os.write(2, b"stopping after this update; once more stops at once\n")
 
 
-# Limits: how "must be …" goes on, and the test of it on a value of the right type.
-ANY = ("", lambda value: True)
-TEXT = ("text", lambda text: text == text.encode("utf-8", "ignore").decode())
-PATH = ("a path", lambda text: text.strip() and "\0" not in text and TEXT[1](text))
-NATURAL = ("at least 0", lambda n: 0 <= n < 2**63)
-POSITIVE = ("at least 1 and below 2^31", lambda n: 1 <= n < 2**31)
-ABOVE_0 = ("finite and above 0", lambda x: 0 < x < math.inf)
-FROM_0 = ("finite and at least 0", lambda x: 0 <= x < math.inf)
-SHARE = ("at least 0 and below 1", lambda p: 0 <= p < 1)
+# Limits: a value's type, how "must be …" goes on, and the test of it on a value of that type.
+SWITCH = (bool, "", lambda value: True)
+TEXT = (str, "text", lambda text: text == text.encode("utf-8", "ignore").decode())
+PATH = (str, "a path", lambda text: text.strip() and "\0" not in text and TEXT[2](text))
+NATURAL = (int, "at least 0", lambda n: 0 <= n < 2**63)
+POSITIVE = (int, "at least 1 and below 2^31", lambda n: 1 <= n < 2**31)
+ABOVE_0 = (float, "finite and above 0", lambda x: 0 < x < math.inf)
+FROM_0 = (float, "finite and at least 0", lambda x: 0 <= x < math.inf)
+SHARE = (float, "at least 0 and below 1", lambda p: 0 <= p < 1)
 # Pillow would fill all memory, and be killed for it, long before a larger picture is made.
-TIMES_8 = ("a positive multiple of 8, at most 16384", lambda n: 0 < n <= 16384 and n % 8 == 0)
+TIMES_8 = (int, "a positive multiple of 8, at most 16384", lambda n: 0 < n <= 2**14 and n % 8 == 0)
 
 
 def one_of(names: str) -> tuple:
-    return f"one of {names}", names.split(", ").__contains__
+    return str, f"one of {names}", names.split(", ").__contains__
 
 
 PRECISION = one_of("fp16, bf16, no")
@@ -145,14 +145,14 @@ class Config:
     lora_alpha: float = option(32.0, ABOVE_0, "the seal's strength is alpha / rank")
     lora_dropout: float = option(0.05, SHARE, "share of LoRA inputs left out in training")
     caption_dropout: float = option(0.0, SHARE, "share of samples trained on the empty prompt")
-    use_dora: bool = option(False, ANY, "DoRA; a seal for PEFT alone")
-    use_rslora: bool = option(False, ANY, "strength alpha / sqrt(rank)")
+    use_dora: bool = option(False, SWITCH, "DoRA; a seal for PEFT alone")
+    use_rslora: bool = option(False, SWITCH, "strength alpha / sqrt(rank)")
     init_lora_weights: str | None = option(None, INIT, "first LoRA weights (default: PEFT's)")
     micro_batch_size: int | None = option(None, POSITIVE, "samples at once (default: a batch)")
     seed: int = option(0, NATURAL, "same command, same machine, same bytes")
     mixed_precision: str | None = option(None, PRECISION, "default: fp16 on CUDA, no elsewhere")
-    gradient_checkpointing: bool = option(False, ANY, "less memory, slower")
-    fp8_base: bool = option(False, ANY, "frozen weights in 8 bits: half the memory for them")
+    gradient_checkpointing: bool = option(False, SWITCH, "less memory, slower")
+    fp8_base: bool = option(False, SWITCH, "frozen weights in 8 bits: half the memory for them")
     lr_scheduler: str = option("constant", one_of(SCHEDULES), "course of the learning rate")
     lr_warmup_steps: int = option(0, NATURAL, "updates in which the learning rate rises from 0")
     max_grad_norm: float = option(1.0, ABOVE_0, "gradients are clipped to this norm")
@@ -161,7 +161,7 @@ class Config:
     resize_mode: str = option("squash", one_of("squash, crop"), "of pictures that are not square")
     max_train_steps: int | None = option(None, POSITIVE, "stop after this many updates")
     checkpointing_steps: int = option(500, POSITIVE, "updates from one checkpoint to the next")
-    resume: bool = option(False, ANY, "go on from the checkpoint in the output folder")
+    resume: bool = option(False, SWITCH, "go on from the checkpoint in the output folder")
     preview_images: int = option(4, NATURAL, "before/after pictures made at the end; 0 = none")
     preview_prompt: str | None = option(None, TEXT, "what they show (default: the train prompt)")
     preview_every_epochs: int = option(0, NATURAL, "pictures in between, too; 0 = none")
@@ -169,14 +169,13 @@ class Config:
 
     def __post_init__(self):
         for option in fields(self):
-            value, kind = getattr(self, option.name), kind_of(option)
+            value, (kind, limit, is_valid) = getattr(self, option.name), option.metadata["limit"]
             # A flag's text, or a whole number for a float; `true` is no number, though Python says
             # so. A text that is no number stays one, to be refused.
             if kind in (int, float) and type(value) in (int, str):
                 with suppress(ValueError, OverflowError):
                     object.__setattr__(self, option.name, value := kind(value))
-            limit, is_valid = option.metadata["limit"]
-            is_absent = value is None and type(None) in get_args(option.type)
+            is_absent = value is None and option.default is None
             if not is_absent and (type(value) is not kind or not is_valid(value)):
                 name = f"{flag_of(option.name)} ({key_of(option.name)})"
                 needed = limit if type(value) is kind else KINDS[kind]
@@ -193,11 +192,6 @@ class Config:
 FREE_TO_CHANGE = {"dataset_dir", "output_dir", "model_id", "num_train_epochs", "max_train_steps"}
 FREE_TO_CHANGE |= {"resume", "checkpointing_steps", "gradient_checkpointing", "preview_images"}
 FREE_TO_CHANGE |= {"preview_prompt", "preview_every_epochs"}
-
-
-def kind_of(option: Field) -> type:
-    """int, float, str or bool, whether or not None may stand in its place."""
-    return (get_args(option.type) or (option.type,))[0]
 
 
 def flag_of(name: str) -> str:
@@ -231,10 +225,10 @@ def read_config(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser("quest_7_2.py", description=about, allow_abbrev=False)
     parser.add_argument("--config", metavar="X", help="JSON of options in camelCase, or its file")
     for option in fields(Config):
-        help = "; ".join(filter(None, [option.metadata["help"], option.metadata["limit"][0]]))
+        kind, limit, _ = option.metadata["limit"]
+        help = "; ".join(filter(None, [option.metadata["help"], limit]))
         help += "" if option.default is None else f" (default: {option.default})"
-        is_switch = kind_of(option) is bool
-        how = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "X"}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": "X"}
         parser.add_argument(flag_of(option.name), help=help, default=argparse.SUPPRESS, **how)
 
     def refuse(message: str):
@@ -421,10 +415,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
+from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCardData, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners.lora import LoraLayer
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -439,7 +433,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 # Pillow's own decoders of these: of others, some start a program, as Ghostscript for PostScript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "TGA", "PPM")
-MOST_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses what has more than twice as many
 THREADS = min(8, os.cpu_count() or 1)
 ONE_AT_A_TIME = threading.Lock()  # held for large pictures, which take up to 15 bytes a pixel
 
@@ -453,14 +447,9 @@ def open_rgb(data: bytes) -> Image.Image:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError("is not the picture that its name says") from None
-    pixels = math.prod(image.size)
-    if pixels > MOST_PIXELS:
-        raise ValueError(
-            f"has {pixels / 1e6:.0f} million pixels; at most {MOST_PIXELS / 1e6:g} are read"
-        )
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("has 32 bits a channel, of unknown range; save it with 8 or 16")
-    with ONE_AT_A_TIME if pixels > 2**24 else nullcontext():
+    with ONE_AT_A_TIME if math.prod(image.size) > 2**24 else nullcontext():
         image.load()
         # A broken EXIF block says nothing about the pixels: they stay as they lie.
         with suppress(Exception):
@@ -992,15 +981,11 @@ def compute_loss(
     loss = F.mse_loss(model_pred.float(), target, reduction="none").mean((1, 2, 3))
     if snr_gamma is None:
         return loss
-    # min(SNR, γ) weights the error of x0; SNR or SNR + 1 of it is that of noise or velocity.
-    # (γ / SNR is infinite where the SNR is zero: its minimum with 1 still is 1.)
+    # min(SNR, γ) weights the error of x0; SNR or SNR + 1 of it is that of noise or velocity. (Where
+    # the SNR is zero, noise weighs 1, as it does just above.)
     snr = compute_snr(noise_scheduler, timesteps)
-    weight = {
-        "epsilon": (snr_gamma / snr).clamp(max=1),
-        "v_prediction": snr.clamp(max=snr_gamma) / (snr + 1),
-        "sample": snr.clamp(max=snr_gamma),
-    }
-    return loss * weight[prediction_type]
+    part = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+    return loss * (snr.clamp(max=snr_gamma) / part).nan_to_num(1)
 
 
 # ==== The seal ===============================================================================
@@ -1018,22 +1003,6 @@ def pack_safetensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str])
     return len(header).to_bytes(8, "little") + header + packed[data:]
 
 
-def kohya_state_dict(unet: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter under the key names that every client reads, with `.alpha` on each module.
-
-    alpha is the layer's own scaling × r: clients get the strength back as alpha / r.
-    """
-    state_dict = {}
-    for name, layer in unet.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            key = "lora_unet_" + name.replace(".", "_")
-            state_dict[f"{key}.lora_down.weight"] = layer.lora_A["default"].weight
-            state_dict[f"{key}.lora_up.weight"] = layer.lora_B["default"].weight
-            alpha = layer.scaling["default"] * layer.r["default"]
-            state_dict[f"{key}.alpha"] = torch.tensor(alpha)
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
-
-
 def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: str) -> str:
     """Write the adapter for PEFT, and once more for everything else. Returns the seal's name, which
     no other has: clients tell seals apart by it. Nothing in it names a folder of the user's."""
@@ -1043,7 +1012,9 @@ def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: st
     lora_config.base_model_name_or_path = None if is_local else config.model_id
     lora_config.inference_mode = True
     lora_config.save_pretrained(folder)
-    state_dict = {key: weight.cpu() for key, weight in get_peft_model_state_dict(unet).items()}
+    # Or PEFT would ask the hub whether the base model has a vocabulary.
+    state_dict = get_peft_model_state_dict(unet, save_embedding_layers=False)
+    state_dict = {key: weight.cpu() for key, weight in state_dict.items()}
     packed = pack_safetensors(state_dict, {"format": "pt"})
     write_whole(folder / "adapter_model.safetensors", packed)
     words = re.sub(r"[^a-z0-9]+", "_", config.train_prompt.lower()).strip("_")[-40:].strip("_")
@@ -1051,8 +1022,12 @@ def save_seal(folder: Path, unet: PeftModel, config: Config, prediction_type: st
     if config.use_dora:
         return name  # diffusers leaves its magnitudes out, and the UIs do not agree on their norm
 
-    state_dict = kohya_state_dict(unet)
-    alpha = next(tensor.item() for key, tensor in state_dict.items() if key.endswith(".alpha"))
+    # Under the key names that every client reads, with an alpha that gives them the strength as
+    # alpha / rank. (diffusers writes the rank for it: half the strength of our default.)
+    renamed = {key.replace("base_model.model", "unet"): w for key, w in state_dict.items()}
+    state_dict = convert_state_dict_to_kohya(renamed)
+    alpha = config.lora_alpha * (config.rank**0.5 if config.use_rslora else 1)
+    state_dict |= {key: torch.tensor(alpha) for key in state_dict if key.endswith(".alpha")}
     is_v, is_sd2 = prediction_type == "v_prediction", unet.config.cross_attention_dim == 1024
     family = ("v2-768-v" if is_v else "v2-512") if is_sd2 else "v1"
     metadata = {

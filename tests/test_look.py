@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import flags, read_csv, run
 from huggingface_hub import ModelCard
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import safe_open
 from test_resume import SEAL, interrupt  # noqa: F401 - a fixture
@@ -235,7 +236,7 @@ def test_the_snippets_in_the_card_run_as_printed(kind, config, model, tmp_path, 
     (snippet,) = snippets(text)
     names = {}
     exec(snippet, names)  # noqa: S102 - that is the test
-    layers = [m for m in names["pipe"].unet.modules() if isinstance(m, quest.LoraLayer)]
+    layers = [m for m in names["pipe"].unet.modules() if isinstance(m, LoraLayer)]
     assert layers and all(layer.merged is False for layer in layers) and names["image"]
     if kind != "dora":
         (other,) = re.findall(r"`(PeftModel\.from_pretrained.*?)`", text)

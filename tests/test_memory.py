@@ -9,6 +9,7 @@ from conftest import prepared, read_csv
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from test_training import train
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -291,7 +292,7 @@ def test_the_run_does_not_widen_them(precision, config, monkeypatch):
     compute_loss, found = quest.compute_loss, []
 
     def spy(unet, *args):
-        layers = [layer for layer in unet.modules() if isinstance(layer, quest.LoraLayer)]
+        layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
         found.append({layer.cast_input_dtype_enabled for layer in layers})
         return compute_loss(unet, *args)
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import prepared
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
+from peft.utils import save_and_load
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -98,14 +100,14 @@ def test_the_peft_config(seal):
 
 def test_a_seal_that_does_not_load_is_no_success(config, capsys, monkeypatch):
     """A file that has lost half its strength, or all of it, is found before it is published."""
-    kohya_state_dict = quest.kohya_state_dict
+    pack = quest.pack_safetensors
     for factor in [0.5, 0.0]:
 
-        def broken(unet, factor=factor):
-            state_dict = kohya_state_dict(unet)
-            return {k: t * factor if "alpha" in k else t for k, t in state_dict.items()}
+        def broken(tensors, metadata, factor=factor):
+            scaled = {k: t * factor if "alpha" in k else t for k, t in tensors.items()}
+            return pack(scaled, metadata)
 
-        monkeypatch.setattr(quest, "kohya_state_dict", broken)
+        monkeypatch.setattr(quest, "pack_safetensors", broken)
         wanted = config()
         assert quest.run(wanted) == 1
         assert "does not do what was trained" in capsys.readouterr().err
@@ -122,6 +124,16 @@ def test_a_seal_of_nan_is_no_success(config, tmp_path):
     quest.save_seal(tmp_path, unet, wanted, "epsilon")
     with pytest.raises(quest.Trouble, match="does not do what was trained"):
         quest.check_seal(unet, tmp_path, cache.caption_embeds[0])
+
+
+def test_saving_asks_the_hub_nothing(config, tmp_path, monkeypatch):
+    """PEFT would, of a base model that has a hub id."""
+    asked = []
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *a: asked.append(a))
+    wanted = config()
+    unet = prepared(wanted).unet()
+    quest.save_seal(tmp_path, unet, replace(wanted, model_id="someone/a-model"), "epsilon")
+    assert "someone/a-model" in (tmp_path / "adapter_config.json").read_text() and not asked
 
 
 def test_importing_does_not_run():
