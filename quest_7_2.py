@@ -75,6 +75,11 @@ def told_of(error: BaseException, where: str = "here") -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or where}: {reason_of(error)}"
+    # CUDA has a class for it; on the CPU only the message tells.
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if known or "can't allocate memory" in str(error):
+        flags = "--gradient-checkpointing, --fp8-base, --micro-batch-size 1"
+        return f"out of memory; what lowers it: {flags}, a smaller --resolution or --rank"
     return f"failed with {type(error).__name__}: {reason_of(error)}"
 
 
@@ -725,12 +730,6 @@ def fingerprint(base: Base) -> str:
     return digest.hexdigest()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    # CUDA has a class for it; on the CPU only the message tells.
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)
-
-
 def load_part(cls, base: Base, part: str, dtype: torch.dtype | None = None, **options):
     """One of the model's parts; a network is frozen and in `dtype`. Raises Trouble where the files
     do not make a whole one."""
@@ -750,21 +749,13 @@ def load_part(cls, base: Base, part: str, dtype: torch.dtype | None = None, **op
             options |= {"use_safetensors": True, "output_loading_info": True}
             model, info = cls.from_pretrained(base.folder / part, **options)
             missing = sorted(info["missing_keys"])
-    except Exception as error:  # what libraries raise for damaged files is anything
-        if is_out_of_memory(error):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - what libraries raise for damaged files is anything
         raise Trouble(f"the model's {part} cannot be loaded: {reason_of(error)}") from None
     if missing:
         raise Trouble(f"the model's {part} lacks {len(missing)} weights, {missing[0]} among them")
     return model.eval().requires_grad_(False)
-
-
-def load_vae(base: Base, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    vae = load_part(AutoencoderKL, base, "vae", dtype)
-    # With channels last, a CPU's bf16 convolutions take a third of the time.
-    is_bf16_on_cpu = device.type == "cpu" and dtype is torch.bfloat16
-    layout = torch.channels_last if is_bf16_on_cpu else torch.preserve_format
-    return vae.to(device, memory_format=layout)
 
 
 @torch.no_grad()
@@ -798,7 +789,9 @@ def encode_pictures(
     (pictures, 2 orientations, 2, 4, R/8, R/8) float16 on the CPU: 32 KiB a picture at 256², good
     to 11 bits. Raises Trouble where `dtype` is too narrow for this VAE.
     """
-    vae = load_vae(base, device, dtype)
+    vae = load_part(AutoencoderKL, base, "vae", dtype).to(device)
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        vae.to(memory_format=torch.channels_last)  # a third of the time
     side = dataset[0]["pixel_values"].shape[-1]
     # A GPU wants large batches; a CPU is faster with tensors that stay in its cache.
     batch_size = min(16, max(1, (512 if device.type == "cuda" else 256) ** 2 // side**2))
@@ -1094,7 +1087,7 @@ def write_previews(
     """A grid of pictures without and with the adapter. Trouble is a warning, not a failed run.
 
     `embeds`, (2, 77, width), are the prompt's and the empty one's; each of `noises`, (1, 4, h, w),
-    is the same for both rows. `vae_from` is what `load_vae` takes. One picture is drawn at a time,
+    is the same for both rows. `vae_from` is the base, the device and the dtype of the VAE. One picture is drawn at a time,
     which takes less memory than training. Leaves the UNet in eval mode.
     """
     absent = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
@@ -1114,7 +1107,7 @@ def write_previews(
         base, device, dtype = vae_from
         if device.type == "cuda":
             unet.to("cpu")  # to make room
-        vae = load_vae(base, device, dtype)
+        vae = load_part(AutoencoderKL, base, "vae", dtype).to(device)
         latents = [(x / vae.config.scaling_factor).to(device, dtype) for x in latents]
         pictures = torch.cat([vae.decode(x).sample.float().cpu() for x in latents])
         draw_grid(pictures, prompt).save(packed := BytesIO(), "PNG")
@@ -1559,7 +1552,8 @@ def main(config: Config) -> None:
         unet = check_seal(unet, unfinished, caption_embeds[0])
     if noises:
         file = unfinished / "preview.png"
-        write_previews(file, unet=unet, vae_from=(base, device, dtype), **preview)
+        vae_from = (base, device, dtype if on_gpu else torch.float32)
+        write_previews(file, unet=unet, vae_from=vae_from, **preview)
     draw_loss(rows).save(unfinished / "loss.png")
     epochs, loss = summarize(rows, plan)
     seconds = sum(len(plan[i % len(plan)]) / row[5] for i, row in enumerate(rows))
@@ -1595,9 +1589,7 @@ def run(config: Config) -> int:
         error, exit_code = stop, stop.code
     except Exception as caught:  # noqa: BLE001 - whatever it is, the user gets one line
         error, exit_code = caught, getattr(caught, "exit_code", 1)
-        flags = "--gradient-checkpointing, --fp8-base, --micro-batch-size 1"
-        lower = f"out of memory; what lowers it: {flags}, a smaller --resolution or --rank"
-        say(lower if is_out_of_memory(error) else told_of(error, config.output_dir))
+        say(told_of(error, config.output_dir))
     finally:
         Stop.deferred = False
         while LOCKS:
