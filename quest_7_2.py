@@ -1087,8 +1087,8 @@ def write_previews(
     """A grid of pictures without and with the adapter. Trouble is a warning, not a failed run.
 
     `embeds`, (2, 77, width), are the prompt's and the empty one's; each of `noises`, (1, 4, h, w),
-    is the same for both rows. `vae_from` is the base, the device and the dtype of the VAE. One picture is drawn at a time,
-    which takes less memory than training. Leaves the UNet in eval mode.
+    is the same for both rows. `vae_from` is the base, the device and the dtype of the VAE. One
+    picture is drawn at a time, which takes less memory than training. Leaves the UNet in eval mode.
     """
     absent = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"]
     parts = dict.fromkeys(absent) | {"unet": unet.eval().get_base_model()}
@@ -1379,7 +1379,7 @@ def main(config: Config) -> None:
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
 
     # --- Pictures, and the plan of an epoch -----------------------------------------------------
-    dataset, captions, digests = load_pictures(config)
+    dataset, captions, pictures = load_pictures(config)
     plan = plan_epoch(len(dataset), config.train_batch_size, config.gradient_accumulation_steps)
     total_steps = min(config.num_train_epochs * len(plan), config.max_train_steps or math.inf)
 
@@ -1392,12 +1392,12 @@ def main(config: Config) -> None:
     compared = [name for name in values if name not in FREE_TO_CHANGE]
     identity = {flag_of(name): json.dumps(values[name]) for name in compared}
     identity["the base model's files"] = fingerprint(base)  # the same, by whatever name
-    identity |= {f"picture {name!r}": digest for name, digest in digests.items()}
+    identity |= {f"picture {name!r}": content for name, content in pictures.items()}
     saved = read_checkpoint(checkpoint_file, identity, total_steps) if config.resume else None
 
     # --- CLIP: every prompt's embedding, computed once; then it leaves memory -------------------
     preview_prompt = config.train_prompt if config.preview_prompt is None else config.preview_prompt
-    prompts = {text: f"picture {name!r}" for text, name in zip(captions, digests, strict=True)}
+    prompts = {text: f"picture {name!r}" for text, name in zip(captions, pictures, strict=True)}
     prompts |= {preview_prompt: "--preview-prompt", "": "", config.train_prompt: "--train-prompt"}
     prompt_embeds = embed_prompts(base, prompts, device)
     caption_embeds = [prompt_embeds[caption] for caption in [*captions, ""]]
@@ -1443,8 +1443,8 @@ def main(config: Config) -> None:
     draw_step = partial(draw_update, **draw_from)
     # One update an item, drawn while the GPU is still at the one before.
     train_dataloader = DataLoader(steps, None, collate_fn=draw_step, pin_memory=on_gpu)
-    shape, generator = (1, *moments.shape[-3:]), torch.Generator()
-    seeded = map(generator.manual_seed, range(config.preview_images))  # one after the other
+    shape = (1, *moments.shape[-3:])
+    seeded = [torch.Generator().manual_seed(seed) for seed in range(config.preview_images)]
     noises = [torch.randn(shape, generator=generator) for generator in seeded]
     embeds = torch.stack([prompt_embeds[preview_prompt], prompt_embeds[""]])
     preview = {"prompt": preview_prompt, "embeds": embeds, "noises": noises}

@@ -86,6 +86,12 @@ def test_the_defaults_are_the_contract():
     assert defaults["maxGradNorm"] == 1.0
 
 
+def test_only_what_has_no_default_may_be_none():
+    assert quest.Config(snr_gamma=None).snr_gamma is None
+    with pytest.raises(quest.Refused, match="--rank .* must be a whole number, not null"):
+        quest.Config(rank=None)
+
+
 def test_flags_win_over_json_and_json_over_defaults(tmp_path):
     file = tmp_path / "input.json"
     file.write_text('{"datasetDir": "a", "resolution": 512, "learningRate": 1, "variant": null}')

@@ -60,7 +60,7 @@ def test_nothing_to_read_lies_in_the_output_folder(what, name, config, palette, 
     shutil.copytree(palette if what == "dataset" else model, inner)
     before = snapshot(inner)
     key = "dataset_dir" if what == "dataset" else "model_id"
-    assert "must not lie in each other" in refused(config(**{key: str(inner)}))
+    assert f" and {what} {inner} must not lie in each other" in refused(config(**{key: str(inner)}))
     outer = config(output_dir=str(Path(getattr(config(), key)) / "unet"))
     assert "must not lie in each other" in refused(outer)
     assert snapshot(inner) == before
